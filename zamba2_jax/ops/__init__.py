@@ -1,0 +1,1 @@
+"""Pure functions of arrays: a plain reference, the backends, and one dispatch for each op."""
