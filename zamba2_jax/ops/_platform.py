@@ -1,0 +1,14 @@
+"""Where the program being traced will run."""
+
+import jax
+
+
+def platform() -> str:
+    """Returns "cpu", "gpu" or "tpu": the platform of the mesh in use, or where there is none, of JAX's default backend.
+
+    The mesh comes first so that a program compiled ahead of time for an absent machine (a TPU topology, from a CPU) is
+    given that machine's choices.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name

@@ -1,0 +1,247 @@
+"""Softmax attention: a plain reference, three backends, and the choice between them."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
+from zamba2_jax.ops._platform import platform
+
+Implementation = Literal["reference", "xla", "cudnn", "splash"]
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
+
+# Added to the scores of hidden keys. Finite, so that a query that may see nothing gets the mean of all values instead
+# of NaN.
+MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# The TPU kernel's tiles: lengths must be multiples of the smaller, and the larger is used where it divides them.
+SPLASH_BLOCKS = (512, 256, 128)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "is_causal", "implementation"))
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """softmax(scale query keyᵀ) value, the softmax in float32 over the keys that a query may see.
+
+    Letters: b batch, l queries, s keys. Query head i reads key head i // (heads // kv_heads).
+
+    Args:
+      query: (b, l, heads, head_dim), floating.
+      key, value: (b, s, kv_heads, head_dim), of query's dtype; heads is a multiple of kv_heads.
+      scale: None is head_dim^-1/2. (Zamba2 uses (head_dim / 2)^-1/2.)
+      mask: (b, 1, l, s) or (b, l, s) bool or None, True where the query may see the key. This is the way to attend to a
+        preallocated cache.
+      is_causal: query i may see keys 0...i; needs l = s.
+      segment_ids: None, or a pair of integer arrays (b, l) and (b, s): a query may see the keys of its own segment.
+        The three conditions are joined by "and". A query that may see nothing gets an unspecified but finite result.
+      implementation: "reference", einsum and softmax; "xla" and "cudnn" by jax.nn.dot_product_attention; "splash", the
+        TPU kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can serve, and else
+        xla.
+
+    Returns:
+      (b, l, heads, head_dim) in query's dtype.
+
+    Raises:
+      ValueError: a shape, dtype or name that does not fit, naming the argument; or an implementation that cannot serve,
+        saying why.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    mask = _check(query, key, value, mask, is_causal, segment_ids)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+
+    obstacles = {"cudnn": _cudnn_obstacle, "splash": _splash_obstacle}
+    if implementation is None:
+        served = (
+            name for name, obstacle in obstacles.items() if obstacle(query, key, mask, is_causal, segment_ids) is None
+        )
+        implementation = next(served, "xla")
+    elif implementation in obstacles:
+        obstacle = obstacles[implementation](query, key, mask, is_causal, segment_ids)
+        if obstacle is not None:
+            raise ValueError(f"implementation {implementation!r} cannot serve: {obstacle}")
+
+    match implementation:
+        case "reference":
+            return _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))[0]
+        case "splash":
+            return _splash(query, key, value, scale, segment_ids)
+        case _:
+            # Causality is handed over as such, not as a mask: cuDNN then skips the upper half.
+            mask = _join(mask, False, segment_ids, query, key)
+            return jax.nn.dot_product_attention(
+                query, key, value, mask=mask, scale=scale, is_causal=is_causal, implementation=implementation
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "is_causal", "dropout_rate"))
+def attention_with_weights(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The reference form of `attention`, which also returns its weights and can drop some of them.
+
+    Args:
+      dropout_rate: the probability with which a weight is set to zero; the others are divided by 1 - dropout_rate.
+      dropout_key: a jax.random key, needed where dropout_rate is not 0.
+      The others as in `attention`.
+
+    Returns:
+      The result (b, l, heads, head_dim) and the weights (b, heads, l, s) that made it, after dropout, both in query's
+      dtype.
+
+    Raises:
+      ValueError: as in `attention`; a dropout rate outside [0, 1), or one without a key.
+    """
+    mask = _check(query, key, value, mask, is_causal, segment_ids)
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate is {dropout_rate}; it must be at least 0 and less than 1")
+    if dropout_rate > 0.0 and dropout_key is None:
+        raise ValueError(f"dropout_key is None and dropout_rate is {dropout_rate}; dropout needs a jax.random key")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask = _join(mask, is_causal, segment_ids, query, key)
+    return _reference(query, key, value, scale, mask, dropout_rate, dropout_key)
+
+
+def _check(query, key, value, mask, is_causal, segment_ids) -> jax.Array | None:
+    """Checks all arguments; returns the mask as (b, 1, l, s)."""
+    check_rank("query", query, 4, "(b, l, heads, head_dim)")
+    check_rank("key", key, 4, "(b, s, kv_heads, head_dim)")
+    batch, queries, heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    check_shape("key", key, (batch, keys, kv_heads, head_dim), "(b, s, kv_heads, head_dim)")
+    check_shape("value", value, key.shape, "the shape of key, (b, s, kv_heads, head_dim)")
+    check_floating("query", query)
+    for name, array in (("key", key), ("value", value)):
+        if array.dtype != query.dtype:
+            raise ValueError(f"{name} has dtype {array.dtype}; it must be query's, {query.dtype}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"key has {kv_heads} heads and query has {heads}; query's must be a multiple of key's")
+    if is_causal and queries != keys:
+        raise ValueError(
+            f"is_causal is True with {queries} queries and {keys} keys; it needs as many queries as keys: say "
+            "with mask which keys each query may see"
+        )
+    if segment_ids is not None:
+        if not isinstance(segment_ids, tuple) or len(segment_ids) != 2:
+            raise ValueError(
+                "segment_ids must be a tuple of two arrays, (b, l) for the queries and (b, s) for the keys"
+            )
+        check_shape("segment_ids[0]", segment_ids[0], (batch, queries), "(b, l)")
+        check_shape("segment_ids[1]", segment_ids[1], (batch, keys), "(b, s)")
+        check_integer("segment_ids[0]", segment_ids[0])
+        check_integer("segment_ids[1]", segment_ids[1])
+    if mask is not None:
+        if mask.shape not in ((batch, 1, queries, keys), (batch, queries, keys)):
+            raise ValueError(
+                f"mask has shape {mask.shape}; it must be (b, 1, l, s) = {(batch, 1, queries, keys)} or (b, l, s) = "
+                f"{(batch, queries, keys)}"
+            )
+        check_boolean("mask", mask)
+        mask = mask.reshape(batch, 1, queries, keys)
+    return mask
+
+
+def _join(mask, is_causal, segment_ids, query, key) -> jax.Array | None:
+    """One mask (b or 1, 1, l, s) of all conditions, or None where there are none."""
+    conditions = [] if mask is None else [mask]
+    if is_causal:
+        conditions.append(jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), bool)))
+    if segment_ids is not None:
+        conditions.append(segment_ids[0][:, None, :, None] == segment_ids[1][:, None, None, :])
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def _reference(query, key, value, scale, mask, dropout_rate=0.0, dropout_key=None) -> tuple[jax.Array, jax.Array]:
+    batch, queries, heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = scale * jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    if dropout_rate > 0.0:
+        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0).astype(query.dtype)
+    out = jnp.einsum("bkgls,bskd->blkgd", weights, value, preferred_element_type=jnp.float32)
+    return out.reshape(query.shape).astype(query.dtype), weights.reshape(batch, heads, queries, keys)
+
+
+def _cudnn_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
+    """Why cuDNN's flash attention cannot serve, or None where it can."""
+    queries, head_dim = query.shape[1], query.shape[3]
+    if platform() != "gpu":
+        return f"it needs a GPU, and this runs on {platform()}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query has dtype {query.dtype}; it takes bfloat16 and float16"
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim is {head_dim}; it takes multiples of 8 up to 256"
+    if (mask is not None or segment_ids is not None) and (queries % 2 or key.shape[1] % 2):
+        numbers = f"there are {queries} queries and {key.shape[1]} keys"
+        return f"{numbers}; with mask or segment_ids, its gradient takes even numbers"
+    return None
+
+
+def _splash_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
+    """Why the TPU's splash attention cannot serve, or None where it can."""
+    queries, keys = query.shape[1], key.shape[1]
+    if platform() != "tpu":
+        return f"it needs a TPU, and this runs on {platform()}"
+    if mask is not None:
+        return "mask was given; it takes is_causal and segment_ids only"
+    if not is_causal:
+        return "is_causal is False; it is set up for causal attention only"
+    if queries % SPLASH_BLOCKS[-1] or keys % SPLASH_BLOCKS[-1]:
+        return f"there are {queries} queries and {keys} keys; it takes multiples of {SPLASH_BLOCKS[-1]}"
+    return None
+
+
+def _splash(query, key, value, scale, segment_ids) -> jax.Array:
+    # Imported here: the kernel's module is of use on a TPU only, and Pallas is slow to import.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        CausalMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mha_single_device,
+    )
+
+    length, heads = query.shape[1:3]
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    kernel = make_splash_mha_single_device(
+        MultiHeadMask([CausalMask((length, length))] * heads),
+        block_sizes=BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+    )
+    # The kernel knows no scale, and wants the heads before the length.
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+    if segment_ids is None:
+        out = jax.vmap(kernel)(query, key, value)
+    else:
+        out = jax.vmap(kernel)(query, key, value, SegmentIds(*segment_ids))
+    return jnp.swapaxes(out, 1, 2)

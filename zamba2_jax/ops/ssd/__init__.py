@@ -1,0 +1,9 @@
+"""The state-space recurrence of Mamba2 (state-space duality, SSD).
+
+Read `reference.py` first: it is the definition. `associative.py` and `chunked.py` compute the same thing faster,
+`api.py` checks arguments and chooses.
+"""
+
+from zamba2_jax.ops.ssd.api import ssd, ssd_step, time_step
+
+__all__ = ["ssd", "ssd_step", "time_step"]

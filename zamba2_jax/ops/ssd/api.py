@@ -1,0 +1,199 @@
+"""The public functions of the state-space recurrence: arguments are checked here, once for all forms, and the form is
+chosen."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_rank, check_shape
+from zamba2_jax.ops._platform import platform
+from zamba2_jax.ops.ssd import associative, chunked, reference
+
+Implementation = Literal["reference", "scan", "chunked"]
+IMPLEMENTATIONS = ("reference", "scan", "chunked")
+
+# The result does not depend on the chunk length and the time does: the (q, q) work per token grows with q, and a CPU
+# gains nothing from larger matrices once they fill its caches.
+CPU_CHUNK_SIZE = 64
+
+
+@functools.partial(jax.jit, static_argnames=("chunk_size", "implementation"))
+def ssd(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int = 256,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the state-space recurrence over a sequence.
+
+        state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_tᵀ
+        y_t     = state_t C_t + D x_t
+
+    Letters: b batch, l length (at least 1), h heads, p head dim, n state, g groups; h is a multiple of g and head i
+    uses group i // (h // g).
+
+    Args:
+      x: (b, l, h, p), floating. Matrix products are taken in its dtype and accumulated in float32; everything else is
+        float32.
+      dt: (b, l, h) time steps, not negative: `time_step` makes them. A token with dt = 0 leaves the state as it is and
+        adds nothing to it, so that zero marks padding.
+      A: (h,), negative.
+      B, C: (b, l, g, n), floating; cast to x.dtype by the chunked form.
+      D: (h,) or None, the skip connection.
+      initial_state: (b, h, p, n) or None for zeros.
+      segment_ids: (b, l) integers or None. Where the id changes from one token to the next, the state is zeroed, so
+        that sequences packed in a row do not see each other. The initial state belongs to the segment of the row's
+        first token.
+      chunk_size: the longest chunk of the chunked form. The result does not depend on it beyond rounding. Chunks are
+        made equally long, never longer than the sequence, and on CPU never longer than `CPU_CHUNK_SIZE`, where larger
+        ones were measured to be slower.
+      implementation: "reference", the plain recurrence; "scan", a parallel prefix over time that holds every state;
+        "chunked", matrix products within chunks. None is "chunked".
+
+    Returns:
+      y (b, l, h, p) in x.dtype, and the state after the last token, (b, h, p, n) float32; it belongs to the last
+      token's segment.
+
+    Raises:
+      ValueError: a shape, dtype or name that does not fit, naming the argument.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1")
+    check_rank("x", x, 4, "(b, l, h, p)")
+    batch, length, heads, headdim = x.shape
+    if length < 1:
+        raise ValueError(f"x has shape {x.shape}, a sequence of length 0; it must hold at least one token")
+    check_rank("B", B, 4, "(b, l, g, n)")
+    groups, state_size = B.shape[2:]
+    check_shape("dt", dt, (batch, length, heads), "(b, l, h)")
+    _check_common(x, dt, A, B, C, D, groups)
+    check_shape("B", B, (batch, length, groups, state_size), "(b, l, g, n)")
+    check_shape("C", C, B.shape, "the shape of B, (b, l, g, n)")
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, headdim, state_size), jnp.float32)
+    _check_state("initial_state", initial_state, (batch, heads, headdim, state_size))
+    resets = jnp.zeros((batch, length), bool)
+    if segment_ids is not None:
+        check_shape("segment_ids", segment_ids, (batch, length), "(b, l)")
+        check_integer("segment_ids", segment_ids)
+        resets = resets.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+
+    dt, A, D, initial_state = _as_float32(dt, A, D, initial_state)
+    match implementation or "chunked":
+        case "reference":
+            return reference.ssd(x, dt, A, B, C, D, initial_state, resets)
+        case "scan":
+            return associative.ssd(x, dt, A, B, C, D, initial_state, resets)
+        case "chunked":
+            if platform() == "cpu":
+                chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
+            return chunked.ssd(x, dt, A, B, C, D, initial_state, resets, chunk_size=chunk_size)
+
+
+@jax.jit
+def ssd_step(
+    state: jax.Array,
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the recurrence of `ssd` for one token, in float32.
+
+    Args:
+      state: (b, h, p, n).
+      x: (b, h, p), floating.
+      dt: (b, h); rows or heads with dt = 0 keep their state.
+      A: (h,). B, C: (b, g, n). D: (h,) or None.
+
+    Returns:
+      y (b, h, p) in x.dtype, and the new state, (b, h, p, n) float32.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit, naming the argument.
+    """
+    check_rank("x", x, 3, "(b, h, p)")
+    batch, heads, headdim = x.shape
+    check_rank("B", B, 3, "(b, g, n)")
+    groups, state_size = B.shape[1:]
+    check_shape("dt", dt, (batch, heads), "(b, h)")
+    _check_common(x, dt, A, B, C, D, groups)
+    check_shape("B", B, (batch, groups, state_size), "(b, g, n)")
+    check_shape("C", C, B.shape, "the shape of B, (b, g, n)")
+    _check_state("state", state, (batch, heads, headdim, state_size))
+    dt, A, D, state = _as_float32(dt, A, D, state)
+    y, state = reference.update(state, x, dt, A, B, C, D)
+    return y.astype(x.dtype), state
+
+
+@functools.partial(jax.jit, static_argnames=("limit",))
+def time_step(
+    dt: jax.Array,
+    dt_bias: jax.Array,
+    *,
+    limit: tuple[float, float] | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Makes the time steps of `ssd` from the projection's output: softplus(dt + dt_bias), in float32.
+
+    Args:
+      dt: (..., h), floating.
+      dt_bias: (h,).
+      limit: None, or (low, high) between which the steps are clipped.
+      mask: None, or (...) bool; steps are zero where it is False, so that those tokens pass no time.
+
+    Returns:
+      (..., h) float32.
+
+    Raises:
+      ValueError: a shape, dtype or limit that does not fit, naming the argument.
+    """
+    if dt.ndim < 1:
+        raise ValueError(f"dt has shape {dt.shape}; it must be (..., h)")
+    check_floating("dt", dt)
+    check_shape("dt_bias", dt_bias, dt.shape[-1:], "(h,)")
+    step = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias.astype(jnp.float32))
+    if limit is not None:
+        if len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
+            raise ValueError(f"limit is {limit!r}; it must be None or (low, high) with 0 <= low <= high")
+        step = jnp.clip(step, *limit)
+    if mask is not None:
+        check_shape("mask", mask, dt.shape[:-1], "the shape of dt without its last axis")
+        if mask.dtype != jnp.bool_:
+            raise ValueError(f"mask has dtype {mask.dtype}; it must be bool, True at real tokens")
+        step = jnp.where(mask[..., None], step, 0.0)
+    return step
+
+
+def _check_common(x, dt, A, B, C, D, groups) -> None:
+    heads = x.shape[-2]
+    if groups < 1 or heads % groups:
+        raise ValueError(f"B has {groups} groups and x has {heads} heads; heads must be a multiple of groups")
+    check_shape("A", A, (heads,), "(h,)")
+    named = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    if D is not None:
+        check_shape("D", D, (heads,), "(h,)")
+        named["D"] = D
+    for name, array in named.items():
+        check_floating(name, array)
+
+
+def _check_state(name: str, state: jax.Array, shape: tuple[int, ...]) -> None:
+    check_shape(name, state, shape, "(b, h, p, n)")
+    check_floating(name, state)
+
+
+def _as_float32(*arrays: jax.Array | None) -> list[jax.Array | None]:
+    return [None if array is None else array.astype(jnp.float32) for array in arrays]
