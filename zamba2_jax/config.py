@@ -5,13 +5,12 @@ by `config_dialects`; this module knows one spelling only.
 """
 
 import dataclasses
-import json
 import math
-import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zamba2_jax import config_checks as check
 from zamba2_jax import config_dialects
 
 # fmt: off
@@ -32,56 +31,34 @@ LONG_CONTEXT_LENGTH = 16384
 DEFAULT_HYBRID_LAYER_IDS = (6, 12, 18, 24, 30, 36, 42, 47, 51)
 
 
-class LabelMap(Mapping):
-    """A hashable, immutable mapping between label ids and label names; equal to a dict of the same items."""
-
-    def __init__(self, items: Mapping):
-        self._items = dict(items)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Zamba2Config:
-    """Shape and behaviour of a Zamba2 model: frozen, hashable (a static argument of `jax.jit` can be one), equal by value.
+    """Shape and behaviour of a Zamba2 model: frozen, compared by value, hashable (as a static argument of `jax.jit`).
 
     Every value is checked at construction; a `ValueError` names the field, what came and what would do.
 
     Sizes
         `vocab_size` v, `hidden_size` d, `num_hidden_layers`, `intermediate_size` i (None: 4 d), `num_attention_heads` h
-        over a width of 2 d, `num_key_value_heads` (None: h), `adapter_rank` r, `num_mem_blocks` (distinct shared blocks),
-        `mamba_d_state` n, `mamba_d_conv` k, `mamba_expand` (E = expand d), `n_mamba_heads`, `mamba_ngroups` g,
-        `chunk_size` q.
+        over a width of 2 d, `num_key_value_heads` (None: h), `adapter_rank` r, `num_mem_blocks` (distinct shared
+        blocks), `mamba_d_state` n, `mamba_d_conv` k, `mamba_expand` (E = expand d), `n_mamba_heads`,
+        `mamba_ngroups` g, `chunk_size` q.
     `layers_block_type`
         One name per layer, kept as a tuple of "mamba" and "hybrid" (a shared transformer block before a mamba layer).
         transformers 5's "linear_attention" and Zyphra's "m" and "g" are accepted. None gives the pattern of
         Zamba2-2.7B, which has 54 layers; any other depth needs the list.
     `time_step_limit`
         None: dt is not clamped, in prefill and decode alike, as in training. (low, high): clamped in both.
-        transformers on CPU clamps to (`time_step_min`, inf) whatever its file says. `time_step_min`, `time_step_max` and
-        `time_step_floor` matter here for initialisation only.
+        transformers on CPU clamps to (`time_step_min`, inf) whatever its file says. `time_step_min`, `time_step_max`
+        and `time_step_floor` matter here for initialisation only.
     `rope_theta`, `rope_parameters`, `use_long_context`
-        `rope_parameters={"rope_type": "default", "rope_theta": ...}` may be given instead of `rope_theta`; other kinds of
-        RoPE are refused. `use_long_context` sets `max_position_embeddings` to 16384 and changes the base of RoPE: see
-        `rotary_base`. RoPE is applied only with `use_mem_rope`.
+        `rope_parameters={"rope_type": "default", "rope_theta": ...}` may be given instead of `rope_theta`; other
+        kinds of RoPE are refused. `use_long_context` sets `max_position_embeddings` to 16384 and changes the base of
+        RoPE: see `rotary_base`. RoPE is applied only with `use_mem_rope`.
     `use_conv_bias`
         False builds the convolutions without a bias. transformers ignores the field and always has one.
     `use_mamba_kernels`, `use_mem_eff_path`, `num_logits_to_keep`
-        Choose PyTorch kernels and a default of PyTorch's `generate`. Kept so that a file survives a round trip; no effect
-        here.
+        Choose PyTorch kernels and a default of PyTorch's `generate`. Kept so that a file survives a round trip; no
+        effect here.
     `num_labels`, `id2label`, `label2id`
         One fact in three forms: either map decides the others, and `num_labels` alone names LABEL_0, LABEL_1, ...
     `dtype`
@@ -139,9 +116,11 @@ class Zamba2Config:
     # ---- construction ----
 
     def __post_init__(self, rope_parameters: Mapping[str, Any] | None) -> None:
-        self._normalise_labels()
+        labels = check.labels(self.num_labels, self.id2label, self.label2id)
+        for name, value in zip(("num_labels", "id2label", "label2id"), labels, strict=True):
+            self._set(name, value)
         for name in ("hidden_size", "num_attention_heads"):
-            self._set(name, _size(name, getattr(self, name)))
+            self._set(name, check.size(name, getattr(self, name)))
         if self.intermediate_size is None:
             self._set("intermediate_size", 4 * self.hidden_size)
         if self.num_key_value_heads is None:
@@ -154,9 +133,9 @@ class Zamba2Config:
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
             if field.type is float:
-                self._set(name, _float(name, value))
+                self._set(name, check.number(name, value))
             if field.type is int or name in ("intermediate_size", "num_key_value_heads"):
-                self._set(name, _size(name, value))
+                self._set(name, check.size(name, value))
         self._normalise_sequences()
         self._check_divisions()
         self._check_ranges()
@@ -167,33 +146,13 @@ class Zamba2Config:
 
     def _stored_rope_theta(self, rope_parameters: Mapping[str, Any] | None) -> float:
         """`rope_theta` or what `rope_parameters` says, in one spelling, so that equal models are equal configs."""
-        theta = _float("rope_theta", self.rope_theta)
+        theta = check.number("rope_theta", self.rope_theta)
         factor = self._rope_factor()
         if rope_parameters is not None and (base := config_dialects.rope_base(rope_parameters)) is not None:
             if theta != TRAINED_ROPE_THETA:  # not the default, so both were given
                 config_dialects.check_rope_theta(theta, base, factor)
-            theta = _float("rope_theta", base)
+            theta = check.number("rope_theta", base)
         return TRAINED_ROPE_THETA if math.isclose(theta, TRAINED_ROPE_THETA * factor, rel_tol=1e-9) else theta
-
-    def _normalise_labels(self) -> None:
-        names = _label_ids(self.id2label)
-        if names is None and self.label2id is not None:
-            names = {index: label for label, index in _label_indices(self.label2id).items()}
-        elif names is None:
-            names = {index: f"LABEL_{index}" for index in range(_size("num_labels", self.num_labels))}
-        indices = {label: index for index, label in names.items()}
-        if sorted(names) != list(range(len(names))) or len(indices) != len(names) or not names:
-            given = self.label2id if self.id2label is None else self.id2label
-            raise ValueError(f"id2label must give each of the ids 0, 1, ... a name of its own, got {given!r}")
-        if self.label2id is not None and _label_indices(self.label2id) != indices:
-            raise ValueError(f"label2id must be None or the inverse of id2label {names!r}, got {self.label2id!r}")
-        if self.num_labels not in (2, len(names)):  # 2 is the default, which a map overrides
-            raise ValueError(
-                f"num_labels={self.num_labels!r} contradicts the {len(names)} labels of id2label; give one of them"
-            )
-        self._set("num_labels", len(names))
-        self._set("id2label", LabelMap({index: names[index] for index in range(len(names))}))
-        self._set("label2id", LabelMap({names[index]: index for index in range(len(names))}))
 
     def _normalise_sequences(self) -> None:
         layers = self.layers_block_type
@@ -211,13 +170,7 @@ class Zamba2Config:
                 f"{self.num_hidden_layers}; they must agree"
             )
         if self.time_step_limit is not None:
-            limit = self.time_step_limit
-            if isinstance(limit, str) or not isinstance(limit, Sequence) or len(limit) != 2:
-                raise ValueError(f"time_step_limit must be None or a pair (low, high), got {limit!r}")
-            low, high = (_float("time_step_limit", value, infinite=True) for value in limit)
-            if not 0 <= low < high:
-                raise ValueError(f"time_step_limit must have 0 <= low < high, got {limit!r}")
-            self._set("time_step_limit", (low, high))
+            self._set("time_step_limit", check.interval("time_step_limit", self.time_step_limit))
         if self.architectures is not None:
             names = self.architectures
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
@@ -238,7 +191,7 @@ class Zamba2Config:
         if self.use_mem_rope and self.attention_head_dim % 2:
             raise ValueError(
                 f"use_mem_rope rotates pairs of channels, but 2 * hidden_size / num_attention_heads = "
-                f"{self.attention_head_dim} is odd; change hidden_size or num_attention_heads={self.num_attention_heads}"
+                f"{self.attention_head_dim} is odd; change num_attention_heads={self.num_attention_heads}"
             )
         if self.use_shared_attention_adapter and self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
@@ -278,7 +231,7 @@ class Zamba2Config:
                 "use 'regression' for one output"
             )
         if self.num_logits_to_keep is not None:
-            kept = _integer("num_logits_to_keep", self.num_logits_to_keep)
+            kept = check.integer("num_logits_to_keep", self.num_logits_to_keep)
             if kept < 0:
                 raise ValueError(f"num_logits_to_keep must be None, 0 (all) or positive, got {kept}")
             self._set("num_logits_to_keep", kept)
@@ -296,7 +249,7 @@ class Zamba2Config:
             self._set("eos_token_id", self._token("eos_token_id", ids))
 
     def _token(self, name: str, value: Any) -> int:
-        token = _integer(name, value)
+        token = check.integer(name, value)
         if not 0 <= token < self.vocab_size:
             raise ValueError(
                 f"{name}={token} is outside the vocabulary, 0 to {self.vocab_size - 1}; None means no such token"
@@ -322,35 +275,35 @@ class Zamba2Config:
     @classmethod
     def zamba2_1_2b(cls, **overrides: Any) -> "Zamba2Config":
         """Zamba2-1.2B (and -Instruct): 1,215,064,704 parameters."""
-        shape = dict(
-            hidden_size=2048,
-            num_hidden_layers=38,
-            layers_block_type=block_types(38, range(5, 36, 6)),
-            mamba_d_state=128,
-            n_mamba_heads=64,
-            use_mem_rope=True,
-            use_shared_attention_adapter=True,
-        )
-        return cls(**(shape | overrides))
+        shape = {
+            "hidden_size": 2048,
+            "num_hidden_layers": 38,
+            "layers_block_type": block_types(38, range(5, 36, 6)),
+            "mamba_d_state": 128,
+            "n_mamba_heads": 64,
+            "use_mem_rope": True,
+            "use_shared_attention_adapter": True,
+        }
+        return cls(**shape | overrides)
 
     @classmethod
     def zamba2_2_7b(cls, **overrides: Any) -> "Zamba2Config":
         """Zamba2-2.7B (and -Instruct): 2,662,214,560 parameters."""
-        return cls(**(dict(n_mamba_heads=80, num_mem_blocks=2) | overrides))
+        return cls(**{"n_mamba_heads": 80, "num_mem_blocks": 2} | overrides)
 
     @classmethod
     def zamba2_7b(cls, **overrides: Any) -> "Zamba2Config":
         """Zamba2-7B (and -Instruct): 7,356,749,648 parameters."""
-        shape = dict(
-            hidden_size=3584,
-            num_hidden_layers=81,
-            layers_block_type=block_types(81, (6, *range(11, 78, 6))),
-            n_mamba_heads=112,
-            mamba_ngroups=2,
-            num_mem_blocks=2,
-            use_mem_rope=True,
-        )
-        return cls(**(shape | overrides))
+        shape = {
+            "hidden_size": 3584,
+            "num_hidden_layers": 81,
+            "layers_block_type": block_types(81, (6, *range(11, 78, 6))),
+            "n_mamba_heads": 112,
+            "mamba_ngroups": 2,
+            "num_mem_blocks": 2,
+            "use_mem_rope": True,
+        }
+        return cls(**shape | overrides)
 
     # ---- derived sizes ----
 
@@ -395,9 +348,9 @@ class Zamba2Config:
 
         Without `use_long_context` this is `rope_theta`. With it, the models were trained with 10000 scaled once by
         8 ** (d / (d - 2)), d the attention head dim, and files disagree on who scales: in transformers 5 a file carries
-        the base it wants, in 4.x it holds the base before scaling (as published) or after it (as saved again, which 4.x
-        then scales twice). So a `rope_theta` of exactly 10000 is scaled once, and any other value is taken as it stands.
-        A `rope_theta` that is the scaled 10000 is stored as 10000, since both mean the same model.
+        the base it wants, in 4.x it holds the base before scaling (as published) or after it (as saved again, which
+        4.x then scales twice). So a `rope_theta` of exactly 10000 is scaled once, and any other value is taken as it
+        stands. A `rope_theta` that is the scaled 10000 is stored as 10000, since both mean the same model.
         """
         return self.rope_theta * self._rope_factor() if self.rope_theta == TRAINED_ROPE_THETA else self.rope_theta
 
@@ -450,8 +403,8 @@ class Zamba2Config:
 
         `values` may come from transformers 5.x, from transformers 4.48 to 4.57, or from Zyphra's fork (`state_size`,
         `mamba_headdim`, `ffn_hidden_size`, ..., with that fork's defaults for what is missing). A field that no dialect
-        has is named in one `UserWarning`. Two fields that contradict each other, another `model_type`, or an option that
-        this port does not have raise `ValueError`.
+        has is named in one `UserWarning`. Two fields that contradict each other, another `model_type`, or an option
+        that this port does not have raise `ValueError`.
         """
         config = cls(**config_dialects.to_arguments(values, {field.name for field in dataclasses.fields(cls)}))
         config_dialects.check_derived(config, values)
@@ -500,18 +453,8 @@ class Zamba2Config:
         return cls.from_dict(config_dialects.read_config(path))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `directory`/config.json (see `to_dict`), making the directory; the file appears complete or not at all."""
-        os.makedirs(directory, exist_ok=True)
-        path = os.path.join(directory, "config.json")
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                # An infinite limit is written as the bare word Infinity, which every version of transformers reads.
-                file.write(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        """Write `to_dict()` to `directory`/config.json, making the directory; the file appears complete or not at all."""
+        config_dialects.write_config(directory, self.to_dict())
 
 
 def _rope_parameters(self: Zamba2Config) -> dict[str, Any]:
@@ -526,37 +469,3 @@ Zamba2Config.rope_parameters = property(_rope_parameters)
 def block_types(num_layers: int, hybrid: Sequence[int]) -> tuple[str, ...]:
     """`layers_block_type` of `num_layers` layers of which those in `hybrid` (0-based) use a shared block."""
     return tuple("hybrid" if index in hybrid else "mamba" for index in range(num_layers))
-
-
-def _label_ids(labels: Any) -> dict[int, str] | None:
-    """`id2label` with integer keys: JSON has only strings for keys."""
-    if labels is None:
-        return None
-    if not isinstance(labels, Mapping) or not all(str(index).isdecimal() for index in labels):
-        raise ValueError(f"id2label must be None or a mapping from ids 0, 1, ... to names, got {labels!r}")
-    return {int(index): label for index, label in labels.items()}
-
-
-def _label_indices(labels: Any) -> dict[str, int]:
-    if not isinstance(labels, Mapping) or not all(str(index).isdecimal() for index in labels.values()):
-        raise ValueError(f"label2id must be None or a mapping from names to ids 0, 1, ..., got {labels!r}")
-    return {label: int(index) for label, index in labels.items()}
-
-
-def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
-        return operator.index(value)
-    raise ValueError(f"{name} must be an integer, got {value!r}")
-
-
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return operator.index(value)
-
-
-def _float(name: str, value: Any, infinite: bool = False) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not (math.isfinite(value) or (infinite and not math.isnan(value))):
-        raise ValueError(f"{name} must be {'a' if infinite else 'a finite'} number, got {value!r}")
-    return float(value)

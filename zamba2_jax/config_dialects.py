@@ -1,7 +1,7 @@
-"""Reading config.json: finding the file, and turning any of its three dialects into arguments of `Zamba2Config`.
+"""The file config.json: finding, reading and writing it, and turning any of its three dialects into arguments of `Zamba2Config`.
 
-The dialects are those of transformers 5.x, of transformers 4.48 to 4.57, and of Zyphra's own fork (older revisions on the hub).
-They are told apart field by field, since files exist that were converted halfway.
+The dialects are those of transformers 5.x, of transformers 4.48 to 4.57, and of Zyphra's own fork (older revisions on
+the hub). They are told apart field by field, since a file converted by hand may mix them.
 """
 
 import json
@@ -131,7 +131,7 @@ def check_derived(config: Any, values: Mapping[str, Any]) -> None:
 
 
 def rope_base(parameters: Mapping[str, Any]) -> float | None:
-    """The base in transformers 5's `rope_parameters`, None where it has none; `ValueError` for any RoPE but the default."""
+    """The base in transformers 5's `rope_parameters`, None without one; `ValueError` for any RoPE but the default."""
     if not isinstance(parameters, Mapping):
         raise ValueError(f"rope_parameters must be a mapping with rope_type and rope_theta, got {parameters!r}")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -149,9 +149,9 @@ def rope_base(parameters: Mapping[str, Any]) -> float | None:
 
 
 def check_rope_theta(theta: float, base: float, factor: float) -> None:
-    """The separate `rope_theta` and the `base` of `rope_parameters` must be equal, or differ by the long-context `factor`.
+    """The separate `rope_theta` and the `base` of `rope_parameters` must agree, up to the long-context `factor`.
 
-    The latter since transformers 4.x scales the separate field while loading and 5.x does not.
+    The factor, since transformers 4.x scales the separate field while loading and 5.x does not.
     """
     if not any(math.isclose(base, theta * scale, rel_tol=1e-6) for scale in (1.0, factor)):
         raise ValueError(
@@ -160,7 +160,7 @@ def check_rope_theta(theta: float, base: float, factor: float) -> None:
 
 
 def long_context_factor(head_dim: int) -> float:
-    """What `use_long_context` multiplies a RoPE base of 10000 by; 1 for head dims that `Zamba2Config` refuses with it."""
+    """What `use_long_context` multiplies a RoPE base of 10000 by; 1 for head dims that `Zamba2Config` then refuses."""
     return 8.0 ** (head_dim / (head_dim - 2)) if head_dim > 2 else 1.0
 
 
@@ -203,8 +203,8 @@ def find_config(
         )
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
-            f"{name!r} is no directory here, and its config.json (revision {revision or 'main'}) was not found on the hub "
-            f"or in its cache: {error}"
+            f"{name!r} is no directory here, and its config.json (revision {revision or 'main'}) was not found on the "
+            f"hub or in its cache: {error}"
         ) from error
     return Path(found)
 
@@ -220,6 +220,21 @@ def read_config(path: Path) -> dict[str, Any]:
     if values.get("model_type") is None and not is_fork(values) and "layers_block_type" not in values:
         raise ValueError(f"{path} has neither model_type 'zamba2' nor fields of Zamba2, such as layers_block_type")
     return values
+
+
+def write_config(directory: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Write `values` to `directory`/config.json through a temporary file beside it, so that no reader sees half of it."""
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, "config.json")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            # An infinite time-step limit becomes the bare word Infinity, which every version of transformers reads.
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def _merge(arguments: dict[str, Any], name: str, value: Any, alias: str) -> None:
