@@ -1,0 +1,153 @@
+"""From a checkpoint to a model, one parameter at a time."""
+
+import math
+import os
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from zamba2_jax.checkpoint.files import find_checkpoint, is_orbax
+from zamba2_jax.checkpoint.names import ARCHITECTURES, Index, Path
+from zamba2_jax.checkpoint.orbax import OrbaxParameters
+from zamba2_jax.checkpoint.parameters import HuggingFaceParameters, Parameters
+from zamba2_jax.checkpoint.progress import byte_bar
+from zamba2_jax.sharding import param_shardings
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def open_parameters(
+    name_or_path: str | os.PathLike[str],
+    architecture: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Parameters:
+    """The parameters of a checkpoint in either format, checked but not loaded.
+
+    Args:
+        name_or_path: a directory or a hub id.
+        architecture: the class to fill, a key of `names.ARCHITECTURES`; None is the one that was saved.
+        revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: no such directory or repository, no config.json or no weights in it.
+        ValueError: with every fault of the checkpoint.
+    """
+    directory = find_checkpoint(
+        name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    return (OrbaxParameters if is_orbax(directory) else HuggingFaceParameters)(directory, architecture)
+
+
+def load_pretrained(
+    model_class: type[Model],
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> Model:
+    """Loads a checkpoint of either format into a model; beyond the model itself, memory holds about one tensor.
+
+    Args:
+        model_class: Zamba2Model, Zamba2ForCausalLM or Zamba2ForSequenceClassification. It need not be the class that was saved: a head that
+            it lacks is ignored, and a classification head that the checkpoint lacks is newly initialised, each with a warning.
+        name_or_path: a directory or a hub id.
+        dtype: of computation; None takes the config's, then that of the weights.
+        param_dtype: of the parameters; None is `dtype`. A_log, D and dt_bias are float32 always.
+        mesh: devices to spread the parameters over; each process reads only what its devices hold. None: the default device.
+        revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+        progress: a bar on stderr; None shows it on a terminal.
+
+    Raises:
+        FileNotFoundError: no such directory or repository, no config.json or no weights in it.
+        ImportError: the weights are PyTorch pickles and torch is not installed.
+        ValueError: with every fault of the checkpoint.
+    """
+    if model_class.__name__ not in ARCHITECTURES:
+        raise ValueError(f"model_class must be one of {', '.join(ARCHITECTURES)}, got {model_class.__name__}.")
+    parameters = open_parameters(
+        name_or_path,
+        model_class.__name__,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    if dtype is None:
+        dtype = parameters.config.dtype or parameters.common_dtype()
+    dtype = jnp.dtype(dtype)
+
+    abstract = nnx.eval_shape(
+        lambda: model_class(parameters.config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+    graph, state = nnx.split(abstract)
+    leaves = dict(nnx.to_flat_state(state))
+    _check_against_table(parameters, leaves)
+    shardings = {} if mesh is None else dict(nnx.to_flat_state(param_shardings(nnx.state(abstract, nnx.Param), mesh)))
+
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    with byte_bar(f"Loading {model_class.__name__}", total, progress) as bar:
+        for path, leaf in leaves.items():
+            if path in parameters.new:
+                value = _place_new(parameters, path, leaf.dtype, shardings.get(path))
+            else:
+                value = _place(parameters, path, leaf.dtype, shardings.get(path))
+            leaf.set_value(value)
+            bar.update(value.nbytes)
+    parameters.warn_of_nonfinite()
+    model = nnx.merge(graph, nnx.from_flat_state(leaves.items()))
+    model.generation_config = parameters.generation_config
+    return model
+
+
+def _check_against_table(parameters: Parameters, leaves: dict[Path, nnx.Variable]) -> None:
+    """The table and the modules must describe the same model; a difference is a mistake in this library."""
+    expected = {path: parameters.shape(path) for path in parameters.parts}
+    actual = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    if expected != actual:
+        differing = sorted({".".join(map(str, path)) for path, _ in expected.items() ^ actual.items()})
+        raise AssertionError(f"zamba2_jax.checkpoint.names and the model disagree on {differing}.")
+
+
+def _place(parameters: Parameters, path: Path, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    if sharding is None:
+        value = np.ascontiguousarray(parameters.read(path).astype(dtype, copy=False))
+        # may_alias=False: the device owns its copy, so that the model may be donated to a jitted function. Waiting keeps one tensor in
+        # flight instead of all of them.
+        return jax.device_put(value, may_alias=False).block_until_ready()
+
+    read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def read_slice(index: Index) -> np.ndarray:
+        shape = parameters.shape(path)
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        if key not in read:  # devices that hold replicas ask for the same slice
+            read[key] = np.ascontiguousarray(parameters.read(path, index).astype(dtype, copy=False))
+        return read[key]
+
+    value = jax.make_array_from_callback(parameters.shape(path), sharding, read_slice)
+    return value.block_until_ready()
+
+
+def _place_new(parameters: Parameters, path: Path, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    """A new head: normal of the config's standard deviation, from seed 0, the same on every process."""
+
+    def draw() -> jax.Array:
+        draws = jax.random.normal(nnx.Rngs(0).params(), parameters.shape(path), jnp.float32)
+        return (parameters.config.initializer_range * draws).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)()

@@ -1,0 +1,145 @@
+"""The safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes.
+
+Written out here instead of through the safetensors package for two reasons. Its reader maps files into memory, so that every page read stays
+in the process' resident set until the file is closed, while reads into a buffer cost one tensor. Its writer wants all tensors of a file at
+once, while ours are produced one at a time. https://github.com/huggingface/safetensors describes the format.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+# In the order in which the safetensors package lays tensors out: widest first.
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: its numpy dtype, or None if it is no floating type that we know.
+        dtype_name: as the file names it.
+        file: name of the file.
+        read_rows: rows start:stop of the first axis; (0, None) is the whole tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+    dtype_name: str
+    file: str
+    read_rows: Callable[[int, int | None], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 1)
+
+    def row_blocks(self, max_bytes: int) -> Iterator[tuple[int, int]]:
+        """Consecutive runs of rows (start, stop) of about `max_bytes` each that cover the tensor, which has at least one axis."""
+        step = max(1, max_bytes * self.shape[0] // max(self.nbytes, 1))
+        for start in range(0, self.shape[0], step):
+            yield start, min(start + step, self.shape[0])
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors of a file, and what is wrong with it (truncated, not a safetensors file, tensors outside the file)."""
+    faults = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > min(size - 8, _MAX_HEADER):
+            if start.startswith(b"version "):
+                return {}, [f"{path.name}: is a Git LFS pointer, not the file itself; run `git lfs pull`."]
+            return {}, [f"{path.name}: truncated or no safetensors file: {size} bytes do not hold the header."]
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return {}, [f"{path.name}: its safetensors header is damaged ({error})."]
+
+    tensors = {}
+    data = 8 + length
+    end = max((entry[3] for entry in entries.values()), default=0)
+    if data + end > size:
+        faults.append(f"{path.name}: truncated: {size} bytes, but its header describes {data + end}.")
+    for name, (dtype_name, shape, begin, stop) in entries.items():
+        dtype = DTYPES.get(dtype_name)
+        if dtype is not None and stop - begin != math.prod(shape) * dtype.itemsize:
+            faults.append(f"{path.name}: {name} {dtype_name} {shape} does not take the {stop - begin} bytes of its header.")
+            continue
+        tensors[name] = TensorInfo(shape, dtype, dtype_name, path.name, _reader(path, dtype, shape, data + begin))
+    return tensors, faults
+
+
+def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[int, int | None], np.ndarray]:
+    def read_rows(start: int, stop: int | None) -> np.ndarray:
+        if not shape:
+            return np.fromfile(path, dtype, 1, offset=offset).reshape(())
+        stop = shape[0] if stop is None else stop
+        row = math.prod(shape[1:])
+        count = (stop - start) * row
+        array = np.fromfile(path, dtype, count, offset=offset + start * row * dtype.itemsize)
+        if array.size != count:
+            raise ValueError(f"{path}: ended while rows {start}:{stop} of a {shape} tensor were read; the file has changed.")
+        return array.reshape(stop - start, *shape[1:])
+
+    return read_rows
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    produce: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
+    on_written: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes a file whose bytes are those that the safetensors package would write, one tensor at a time.
+
+    Args:
+        path: the file.
+        tensors: name -> (dtype, shape).
+        produce: name -> the array.
+        metadata: texts for the header.
+        on_written: is told the number of bytes of each tensor written.
+    """
+    order = list(DTYPES.values())
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for name in names:
+            dtype, shape = tensors[name]
+            array = np.ascontiguousarray(produce(name)).reshape(shape)
+            if array.dtype != dtype:
+                raise TypeError(f"{name} was announced as {dtype} and came as {array.dtype}.")
+            # Through uint8: Python's buffer protocol does not know bfloat16.
+            file.write(array.reshape(-1).view(np.uint8).data)
+            on_written(array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
