@@ -358,14 +358,18 @@ class Zamba2Config:
         return config_dialects.long_context_factor(self.attention_head_dim) if self.use_long_context else 1.0
 
     def num_parameters(self) -> int:
-        """Number of parameters of `Zamba2ForCausalLM`, a shared block counted once; the tied head is the embedding."""
-        return self._count(self.num_shared_blocks)
+        """Number of parameters of `Zamba2ForCausalLM`, each counted once; a tied head is the embedding."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self._count_layers(self.num_shared_blocks) + self.hidden_size  # final_layernorm
 
     def num_parameters_applied_per_token(self) -> int:
-        """The same with a shared block counted at each use: the weights that one decode step reads."""
-        return self._count(self.num_hybrid_layers)
+        """Number of parameters that a token meets in the layers and the head, a shared block counted at each use.
 
-    def _count(self, shared_blocks: int) -> int:
+        The weights that one decode step reads, but for a row of the embedding and the d weights of the final norm.
+        """
+        return self.vocab_size * self.hidden_size + self._count_layers(self.num_hybrid_layers)
+
+    def _count_layers(self, shared_blocks: int) -> int:
         d, E, i, r = self.hidden_size, self.mamba_intermediate_size, self.intermediate_size, self.adapter_rank
         bias = int(self.add_bias_linear)
         attention = self.num_attention_heads * self.attention_head_dim
@@ -391,9 +395,7 @@ class Zamba2Config:
         use = d * d + r * (d + 2 * i)
         if self.use_shared_attention_adapter:
             use += 3 * r * (2 * d + attention)
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        layers = self.num_hidden_layers * mamba_layer + shared_blocks * shared_block + self.num_hybrid_layers * use
-        return embeddings + layers + d  # final_layernorm
+        return self.num_hidden_layers * mamba_layer + shared_blocks * shared_block + self.num_hybrid_layers * use
 
     # ---- files ----
 
@@ -453,7 +455,7 @@ class Zamba2Config:
         return cls.from_dict(config_dialects.read_config(path))
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `to_dict()` to `directory`/config.json, making the directory; the file appears complete or not at all."""
+        """Write `to_dict()` to `directory`/config.json, making the directory; the file appears whole or not at all."""
         config_dialects.write_config(directory, self.to_dict())
 
 

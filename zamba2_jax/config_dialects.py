@@ -1,4 +1,4 @@
-"""The file config.json: finding, reading and writing it, and turning any of its three dialects into arguments of `Zamba2Config`.
+"""The file config.json: finding, reading and writing it, and turning its three dialects into `Zamba2Config` arguments.
 
 The dialects are those of transformers 5.x, of transformers 4.48 to 4.57, and of Zyphra's own fork (older revisions on
 the hub). They are told apart field by field, since a file converted by hand may mix them.
@@ -48,7 +48,7 @@ IGNORED = frozenset((
     "cross_attention_hidden_size", "tie_encoder_decoder", "chunk_size_feed_forward", "finetuning_task",
     "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id",
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
-    "_experts_implementation", "experts_implementation", "per_layer_config", "tie_last_hidden_states",
+    "_experts_implementation", "experts_implementation", "tie_last_hidden_states",
     "bias_gelu_fusion",
     # Defaults of generation, which older versions kept in this file; generation_config.json is where they count.
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
@@ -77,8 +77,10 @@ ROPE_FIELDS = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
 def is_fork(values: Mapping[str, Any]) -> bool:
-    """Whether `values` uses names that only Zyphra's fork writes."""
-    return bool((FORK_NAMES.keys() | FORK_OPTIONS.keys()) & values.keys())
+    """Whether `values` uses spellings that only Zyphra's fork writes."""
+    layers = values.get("layers_block_type")
+    letters = isinstance(layers, Sequence) and ("m" in layers or "g" in layers)
+    return letters or bool((FORK_NAMES.keys() | FORK_OPTIONS.keys()) & values.keys())
 
 
 def to_arguments(values: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
@@ -218,12 +220,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
     if values.get("model_type") is None and not is_fork(values) and "layers_block_type" not in values:
-        raise ValueError(f"{path} has neither model_type 'zamba2' nor fields of Zamba2, such as layers_block_type")
+        raise ValueError(f"{path} has neither model_type 'zamba2' nor fields of Zamba2, e.g. layers_block_type")
     return values
 
 
 def write_config(directory: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Write `values` to `directory`/config.json through a temporary file beside it, so that no reader sees half of it."""
+    """Write `values` to `directory`/config.json through a temporary file beside it: no reader sees half of it."""
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, "config.json")
     temporary = f"{path}.{os.getpid()}.tmp"
