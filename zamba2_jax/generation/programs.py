@@ -1,0 +1,190 @@
+"""The compiled programs of generation: prefill, and one loop that runs on the device until every row is done.
+
+The loop's upper bound is traced: asking for more tokens does not recompile, and streaming runs the same program again
+with the bound moved on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
+
+
+class Structure:
+    """A model without its arrays: hashable, hence a static argument. Equal for two models of one architecture and
+    dtype.
+    """
+
+    def __init__(self, model: nnx.Module):
+        # The generation config is none of the programs' business, and as a dict it could not be hashed.
+        bare = copy.copy(model)
+        bare.generation_config = None
+        self._graphdef, state = nnx.split(bare)
+        self._leaves, self._treedef = jax.tree.flatten(state)
+        self._hash = hash((self._graphdef, self._treedef))
+
+    def take_weights(self) -> list[jax.Array]:
+        """The arrays, once: a structure stays in jit's cache for good, and must not keep a model's weights there."""
+        leaves, self._leaves = self._leaves, None
+        return leaves
+
+    def model(self, weights: list[jax.Array]) -> Any:
+        return nnx.merge(self._graphdef, self._treedef.unflatten(weights))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Structure) and (self._treedef, self._graphdef) == (other._treedef, other._graphdef)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Greedy decoding or sampling on its way. Rows r = batch * num_return_sequences.
+
+    Attributes:
+        tokens: (r, columns), prompt and new tokens, then padding.
+        step: (), new tokens so far.
+        finished: (r,), rows that have ended.
+        done: (), nothing is left to do.
+        scores, logits: (r, v) of the latest step, processed and raw; None unless asked for.
+    """
+
+    tokens: Int32[Array, "r columns"]
+    step: Int32[Array, ""]
+    finished: Bool[Array, " r"]
+    done: Bool[Array, ""]
+    scores: Float[Array, "r v"] | None
+    logits: Float[Array, "r v"] | None
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "chunk", "capacity"))
+def prefill(
+    structure: Structure,
+    weights: list[jax.Array],
+    ids: Int32[Array, "b columns"],
+    positions: Int32[Array, "b columns"],
+    mask: Bool[Array, "b columns"],
+    chunks: Int32[Array, ""],
+    cache: Zamba2Cache | None,
+    *,
+    chunk: int,
+    capacity: int,
+) -> tuple[Float[Array, "b v"], Zamba2Cache]:
+    """Reads `chunks` times `chunk` columns; returns the last column's scores (float32) and the cache.
+
+    A given cache is not consumed: the caller may continue from it again.
+    """
+    model = structure.model(weights)
+    batch_size = ids.shape[0]
+    if cache is None:
+        cache = model.init_cache(batch_size, capacity)
+
+    def read_chunk(index, carry):
+        _, cache = carry
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
+        output = model(
+            part(ids),
+            attention_mask=part(mask),
+            position_ids=part(positions),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, 0].astype(jnp.float32), output.past_key_values
+
+    nothing = jnp.zeros((batch_size, model.config.vocab_size), jnp.float32)
+    return jax.lax.fori_loop(0, chunks, read_chunk, (nothing, cache))
+
+
+@functools.partial(jax.jit, static_argnames=("copies",))
+def repeat_rows(
+    logits: Float[Array, "b v"], cache: Zamba2Cache, *, copies: int
+) -> tuple[Float[Array, "r v"], Zamba2Cache]:
+    """Every row `copies` times, neighbouring: one prefill serves all hypotheses of a prompt."""
+    rows = jnp.repeat(jnp.arange(logits.shape[0]), copies)
+    return logits[rows], cache.reorder(rows)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "processors"), donate_argnames=("cache",))
+def decode(
+    structure: Structure,
+    weights: list[jax.Array],
+    cache: Zamba2Cache,
+    logits: Float[Array, "r v"],
+    state: Decoding,
+    prompt: Prompt,
+    knobs: Knobs,
+    until: Int32[Array, ""],
+    *,
+    processors: Processors,
+) -> tuple[Zamba2Cache, Decoding]:
+    """Adds tokens until `until` new ones stand or every row is finished. `logits` are the prefill's, read at step 0
+    only.
+    """
+    model = structure.model(weights)
+
+    def choose(logits: Float[Array, "r v"], state: Decoding) -> Decoding:
+        scores = process(logits, state.tokens, prompt, state.step, processors, knobs)
+        noise = gumbel_noise(knobs.seed, state.step, scores.shape) if processors.sample else 0.0
+        token = jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
+        token = jnp.where(state.finished, knobs.pad_token_id, token)
+        finished = state.finished | (token[:, None] == knobs.eos_token_ids).any(axis=-1)
+        return Decoding(
+            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, prompt.length + state.step)),
+            step=state.step + 1,
+            finished=finished,
+            done=finished.all(),
+            scores=None if state.scores is None else scores,
+            logits=None if state.logits is None else logits,
+        )
+
+    def unfinished(carry: tuple[Zamba2Cache, Decoding]) -> Bool[Array, ""]:
+        _, state = carry
+        return (state.step < until) & ~state.done
+
+    def add_token(carry: tuple[Zamba2Cache, Decoding]) -> tuple[Zamba2Cache, Decoding]:
+        cache, state = carry
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, prompt.length + state.step - 1, 1, axis=1)
+        logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache)
+        return cache, choose(logits, state)
+
+    state = where(state.step == 0, choose(logits, state), state)
+    return jax.lax.while_loop(unfinished, add_token, (cache, state))
+
+
+def next_logits(
+    model: Any, last: Int32[Array, "r 1"], position: Int32[Array, " r"], cache: Zamba2Cache
+) -> tuple[Float[Array, "r v"], Zamba2Cache]:
+    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it."""
+    output = model(last, position_ids=position[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, 0].astype(jnp.float32), output.past_key_values
+
+
+def gumbel_noise(seed: UInt32[Array, ""], step: Int32[Array, ""], shape: tuple[int, int]) -> Float[Array, "r n"]:
+    """Noise whose argmax with log-probabilities is a draw from them.
+
+    Each row and step has a key of its own: what a row draws depends on neither the batch's size nor how steps are
+        grouped into calls.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
+    return jax.vmap(lambda row_key: jax.random.gumbel(row_key, shape[1:], jnp.float32))(keys)
+
+
+def where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
+    """Leafwise choice between two states."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
