@@ -1,0 +1,1 @@
+"""`python -m convert`: Hugging Face checkpoints to our Orbax format and back, looked into and compared."""
