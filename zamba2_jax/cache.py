@@ -1,0 +1,120 @@
+"""Zamba2Cache: everything a model remembers of the tokens it has read, as one immutable pytree.
+
+A Mamba2 layer remembers the last k-1 inputs of its convolution and one state matrix per head, whatever the length. Each *use* of a shared
+transformer block has keys and values of its own, one slot per token; the slots are allocated up front so that shapes stay fixed under jit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from zamba2_jax.config import Zamba2Config
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MambaState:
+    """State of one Mamba2 layer.
+
+    Attributes:
+        conv_x: (b, k-1, E), the inputs of the x convolution that the next token's window still reaches.
+        conv_bc: (b, k-1, 2, G*N), the same for B and C.
+        ssm: (b, h, p, n) float32.
+    """
+
+    conv_x: Float[Array, "b window inner"]
+    conv_bc: Float[Array, "b window 2 groups_state"]
+    ssm: Float[Array, "b h p n"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValue:
+    """Keys and values of one use of a shared block: (b, max_length, kv_heads, head_dim) each, keys already rotated."""
+
+    key: Float[Array, "b slots kv_heads head_dim"]
+    value: Float[Array, "b slots kv_heads head_dim"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Zamba2Cache:
+    """What a model carries from one call to the next. Immutable: a call returns a new one.
+
+    All rows of a batch share the slot index: a call of l columns takes slots `length` to `length + l - 1` in every row, padding included;
+    `slot_mask` says which hold a real token.
+
+    Attributes:
+        mamba: one `MambaState` per layer.
+        attention: one `KeyValue` per hybrid layer.
+        slot_mask: (b, max_length), True where a slot holds a real token.
+        length: () int32, slots taken so far.
+        next_position: (b,) int32, the position of each row's next token.
+    """
+
+    mamba: tuple[MambaState, ...]
+    attention: tuple[KeyValue, ...]
+    slot_mask: Bool[Array, "b slots"]
+    length: Int32[Array, ""]
+    next_position: Int32[Array, " b"]
+
+    @property
+    def batch_size(self) -> int:
+        return self.slot_mask.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """Number of slots."""
+        return self.slot_mask.shape[1]
+
+    def get_seq_length(self) -> int:
+        """Slots taken so far, padding included, as a Python int (not under jit)."""
+        return int(self.length)
+
+    def reorder(self, rows: Int32[Array, " r"]) -> Zamba2Cache:
+        """A cache of r rows: row i is this cache's row `rows[i]`. Serves beams, which drop and double rows."""
+        return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, rows, axis=0), self)
+
+
+def init_cache(config: Zamba2Config, batch_size: int, max_length: int, dtype: jax.typing.DTypeLike) -> Zamba2Cache:
+    """An empty cache.
+
+    Args:
+        config: shapes.
+        batch_size: rows.
+        max_length: slots for keys and values; the Mamba2 states do not grow with it.
+        dtype: of keys, values and convolution windows. SSM states are float32 always: they are sums over the whole past.
+
+    Raises:
+        ValueError: `batch_size` or `max_length` below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    window = config.mamba_d_conv - 1
+    groups_state = config.mamba_ngroups * config.mamba_d_state
+    kv_shape = (batch_size, max_length, config.num_key_value_heads, config.attention_head_dim)
+
+    # Every leaf is an array of its own: a donated cache must not name one buffer twice.
+    def mamba_state() -> MambaState:
+        return MambaState(
+            conv_x=jnp.zeros((batch_size, window, config.mamba_intermediate_size), dtype),
+            conv_bc=jnp.zeros((batch_size, window, 2, groups_state), dtype),
+            ssm=jnp.zeros(
+                (batch_size, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state), jnp.float32
+            ),
+        )
+
+    return Zamba2Cache(
+        mamba=tuple(mamba_state() for _ in range(config.num_hidden_layers)),
+        attention=tuple(
+            KeyValue(jnp.zeros(kv_shape, dtype), jnp.zeros(kv_shape, dtype)) for _ in range(config.num_hybrid_layers)
+        ),
+        slot_mask=jnp.zeros((batch_size, max_length), bool),
+        length=jnp.zeros((), jnp.int32),
+        next_position=jnp.zeros((batch_size,), jnp.int32),
+    )

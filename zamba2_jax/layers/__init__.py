@@ -1,0 +1,1 @@
+"""The Flax NNX modules that `zamba2_jax.models` wires together."""

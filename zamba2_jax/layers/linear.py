@@ -1,0 +1,133 @@
+"""Parameters, and the layers that only multiply by one: Linear, Embed, Adapter."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Axes = tuple[str | None, ...]
+
+
+def param(value: jax.Array, axes: Axes) -> nnx.Param:
+    """A parameter with a logical axis name (or None) per dimension; `zamba2_jax.sharding` maps the names to a mesh."""
+    if value.ndim != len(axes):
+        raise ValueError(f"axes {axes} do not name the dimensions of an array of shape {value.shape}.")
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
+    """Normal draws of standard deviation `std`, drawn in float32 whatever `dtype` is."""
+    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ bias), W of shape (in, *out).
+
+    `out` may have two axes: (2, width) holds two matrices side by side, computed as one product, of which each still splits evenly over
+    devices along `width`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | tuple[int, ...],
+        *,
+        axes: Axes,
+        std: float,
+        use_bias: bool = False,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        out_shape = (out_features,) if isinstance(out_features, int) else out_features
+        self.dtype = dtype
+        self.kernel = param(normal(rngs, (in_features, *out_shape), std, param_dtype), axes)
+        self.bias = param(jnp.zeros(out_shape, param_dtype), axes[1:]) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in) -> (..., *out), in the compute dtype."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding. The row of `padding_id` is read but, as in PyTorch, gets no gradient from the look-up."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        features: int,
+        *,
+        padding_id: int | None,
+        std: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.padding_id = padding_id
+        self.embedding = param(normal(rngs, (vocab_size, features), std, param_dtype), ("vocab", "embed"))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids (b, l) -> (b, l, d)."""
+        vectors = jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        if self.padding_id is None:
+            return vectors
+        return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x (..., d) -> (..., v): scores against every embedding, the head of a model with tied embeddings."""
+        embedding = self.embedding[...].astype(self.dtype)
+        return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+class Adapter(nnx.Module):
+    """A low-rank product x W_down W_up that one use of a shared block adds to one of the block's projections."""
+
+    def __init__(
+        self,
+        in_features: int,
+        rank: int,
+        out_features: int | tuple[int, ...],
+        *,
+        in_axis: str,
+        out_axes: Axes,
+        std: float,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        options = {"std": std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.down = Linear(in_features, rank, axes=(in_axis, "adapter_rank"), **options)
+        self.up = Linear(rank, out_features, axes=("adapter_rank", *out_axes), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.up(self.down(x))
+
+
+class DepthwiseConv(nnx.Module):
+    """Parameters of a causal depthwise convolution: kernel (k, *channels), bias (*channels). `ops.conv` computes it.
+
+    Drawn uniformly from ±k^-1/2, kernel and bias, as the Mamba2 reference does by PyTorch's default for convolutions.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        channels: tuple[int, ...],
+        *,
+        axes: Axes,
+        use_bias: bool,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        bound = 1.0 / math.sqrt(width)
+
+        def uniform(shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound).astype(param_dtype)
+
+        self.kernel = param(uniform((width, *channels)), ("conv", *axes))
+        self.bias = param(uniform(channels), axes) if use_bias else None

@@ -1,0 +1,182 @@
+"""The Mamba2 mixer and the layer around it (arXiv 2405.21060, section 7; transformers' `Zamba2MambaMixer`)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from zamba2_jax.cache import MambaState
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
+from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
+from zamba2_jax.ops.conv import causal_conv, causal_conv_step
+from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
+from zamba2_jax.tokens import TokenLayout
+
+
+class Mamba2Mixer(nnx.Module):
+    """Maps a sequence to a sequence through h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t + D x_t, per head.
+
+    1. Project the input to gate z, x, B, C and raw time step dt.
+    2. Convolve x, B and C causally over the last k tokens, then SiLU.
+    3. dt = softplus(dt + dt_bias), A = -exp(A_log); run the state-space recurrence.
+    4. Normalise y · silu(z) by groups and project back.
+
+    The reference's one `in_proj` is three here (z and x; B and C; dt), and its one convolution two (x; B and C), so that each part splits
+    evenly by heads or groups over devices.
+    """
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        inner = config.mamba_intermediate_size
+        groups_state = config.mamba_ngroups * config.mamba_d_state
+        heads = config.n_mamba_heads
+        linear = {
+            "std": config.initializer_range,
+            "use_bias": config.add_bias_linear,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        conv = {"use_bias": config.use_conv_bias, "param_dtype": param_dtype, "rngs": rngs}
+
+        self.zx_proj = Linear(config.hidden_size, (2, inner), axes=("embed", None, "mamba_inner"), **linear)
+        self.bc_proj = Linear(config.hidden_size, (2, groups_state), axes=("embed", None, "mamba_groups"), **linear)
+        self.dt_proj = Linear(config.hidden_size, heads, axes=("embed", "mamba_heads"), **linear)
+        self.conv_x = DepthwiseConv(config.mamba_d_conv, (inner,), axes=("mamba_inner",), **conv)
+        self.conv_bc = DepthwiseConv(config.mamba_d_conv, (2, groups_state), axes=(None, "mamba_groups"), **conv)
+        # float32 whatever param_dtype is: they pass through exp and softplus, where bfloat16's eight bits cost whole percents of a decay.
+        self.A_log = param(jnp.log(jnp.arange(1, heads + 1, dtype=jnp.float32)), ("mamba_heads",))
+        self.D = param(jnp.ones((heads,), jnp.float32), ("mamba_heads",))
+        self.dt_bias = param(_initial_dt_bias(config, rngs), ("mamba_heads",))
+        self.norm = GatedRMSNorm(inner, groups=config.mamba_ngroups, dtype=dtype, param_dtype=param_dtype)
+        self.out_proj = Linear(inner, config.hidden_size, axes=("mamba_inner", "embed"), **linear)
+
+    def __call__(
+        self, hidden: Float[Array, "b l d"], layout: TokenLayout, state: MambaState | None
+    ) -> tuple[Float[Array, "b l d"], MambaState | None]:
+        """Mixes the tokens of `hidden`; with a state, continues from it and returns the next one."""
+        if layout.token_mask is not None:
+            hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
+
+        zx = self.zx_proj(hidden)
+        z, x = zx[:, :, 0], zx[:, :, 1]
+        bc = self.bc_proj(hidden)
+        raw_dt = self.dt_proj(hidden)
+
+        if state is not None and hidden.shape[1] == 1:
+            y, state = self._step(x, bc, raw_dt, layout, state)
+        else:
+            y, state = self._sequence(x, bc, raw_dt, layout, state)
+        return self.out_proj(self.norm(y, z)), state
+
+    def _sequence(
+        self,
+        x: Float[Array, "b l inner"],
+        bc: Float[Array, "b l 2 groups_state"],
+        raw_dt: Float[Array, "b l h"],
+        layout: TokenLayout,
+        state: MambaState | None,
+    ) -> tuple[Float[Array, "b l inner"], MambaState | None]:
+        conv = {
+            "run_start": layout.run_start,
+            "run_end": layout.run_end,
+            "segment_ids": layout.segment_ids,
+            "activation": "silu",
+        }
+        x, window_x = causal_conv(
+            x, *self._conv_params(self.conv_x), initial_window=state.conv_x if state else None, **conv
+        )
+        bc, window_bc = causal_conv(
+            bc, *self._conv_params(self.conv_bc), initial_window=state.conv_bc if state else None, **conv
+        )
+        if layout.token_mask is not None:  # the window spills from real tokens onto masked ones
+            x = jnp.where(layout.token_mask[..., None], x, 0)
+
+        y, ssm = ssd(
+            self._by_head(x),
+            time_step(raw_dt, self.dt_bias[...], limit=self.config.time_step_limit, mask=layout.time_mask),
+            -jnp.exp(self.A_log[...]),
+            self._by_group(bc[:, :, 0]),
+            self._by_group(bc[:, :, 1]),
+            self.D[...],
+            initial_state=state.ssm if state else None,
+            segment_ids=layout.segment_ids,
+            chunk_size=self.config.chunk_size,
+        )
+        y = y.reshape(x.shape)
+        return y, None if state is None else MambaState(window_x, window_bc, ssm.astype(state.ssm.dtype))
+
+    def _step(
+        self,
+        x: Float[Array, "b 1 inner"],
+        bc: Float[Array, "b 1 2 groups_state"],
+        raw_dt: Float[Array, "b 1 h"],
+        layout: TokenLayout,
+        state: MambaState,
+    ) -> tuple[Float[Array, "b 1 inner"], MambaState]:
+        x, window_x = causal_conv_step(x[:, 0], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
+        bc, window_bc = causal_conv_step(bc[:, 0], state.conv_bc, *self._conv_params(self.conv_bc), activation="silu")
+        if layout.token_mask is not None:  # a masked token leaves the row as it was
+            keep = layout.token_mask[:, 0]
+            window_x = _where_row(keep, window_x, state.conv_x)
+            window_bc = _where_row(keep, window_bc, state.conv_bc)
+
+        mask = None if layout.time_mask is None else layout.time_mask[:, 0]
+        y, ssm = ssd_step(
+            state.ssm,
+            self._by_head(x),
+            time_step(raw_dt[:, 0], self.dt_bias[...], limit=self.config.time_step_limit, mask=mask),
+            -jnp.exp(self.A_log[...]),
+            self._by_group(bc[:, 0]),
+            self._by_group(bc[:, 1]),
+            self.D[...],
+        )
+        return y.reshape(x.shape)[:, None], MambaState(window_x, window_bc, ssm)
+
+    def _conv_params(self, conv: DepthwiseConv) -> tuple[jax.Array, jax.Array | None]:
+        return conv.kernel[...], None if conv.bias is None else conv.bias[...]
+
+    def _by_head(self, x: Float[Array, "... inner"]) -> Float[Array, "... h p"]:
+        return x.reshape(*x.shape[:-1], self.config.n_mamba_heads, self.config.mamba_headdim)
+
+    def _by_group(self, x: Float[Array, "... groups_state"]) -> Float[Array, "... g n"]:
+        return x.reshape(*x.shape[:-1], self.config.mamba_ngroups, self.config.mamba_d_state)
+
+
+class MambaLayer(nnx.Module):
+    """Pre-norm Mamba2 layer. A hybrid layer's transformer output t joins the mixer's input but not the residual stream:
+    h + mixer(norm(h + t))."""
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, param_dtype=param_dtype
+        )
+        self.mamba = Mamba2Mixer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "b l d"],
+        layout: TokenLayout,
+        state: MambaState | None,
+        transformer_output: Float[Array, "b l d"] | None = None,
+    ) -> tuple[Float[Array, "b l d"], MambaState | None]:
+        mixer_input = hidden if transformer_output is None else hidden + transformer_output
+        mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state)
+        return hidden + mixed, state
+
+
+def _initial_dt_bias(config: Zamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:
+    """The inverse softplus of time steps drawn log-uniformly from [time_step_min, time_step_max]."""
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    uniform = jax.random.uniform(rngs.params(), (config.n_mamba_heads,), jnp.float32)
+    dt = jnp.maximum(jnp.exp(low + uniform * (high - low)), config.time_step_floor)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def _where_row(keep: Bool[Array, " b"], new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(keep.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -1,0 +1,169 @@
+"""The shared transformer block, stored once, and what each use of it owns (arXiv 2411.15242, figure 2; transformers'
+`Zamba2AttentionDecoderLayer` and `Zamba2HybridLayer`).
+
+Hybrid layer j runs block j mod num_mem_blocks. A use brings its own low-rank adapters and its own output matrix `linear`; everything else
+belongs to the block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from zamba2_jax.cache import KeyValue
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.layers.activations import ACTIVATIONS
+from zamba2_jax.layers.linear import Adapter, Linear
+from zamba2_jax.layers.norms import RMSNorm
+from zamba2_jax.layers.rope import rotate
+from zamba2_jax.ops.attention import attention, attention_with_weights
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionContext:
+    """What every use of a shared block needs to know of the call.
+
+    Attributes:
+        rotation: cosines and sines (b, l, head_dim/2), or None without RoPE.
+        segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment; padding is a segment of its own.
+        mask: (b, l, slots) or None: with a cache, the slots that each token sees.
+        first_slot: () int32 or None: with a cache, the slot of the call's first column.
+        dropout_key: key for attention dropout, or None for none.
+        return_weights: whether attention probabilities are wanted.
+    """
+
+    rotation: tuple[Float[Array, "b l half"], Float[Array, "b l half"]] | None
+    segment_ids: Int[Array, "b l"] | None
+    mask: Bool[Array, "b l slots"] | None
+    first_slot: Int[Array, ""] | None
+    dropout_key: jax.Array | None
+    return_weights: bool = dataclasses.field(metadata={"static": True})
+
+
+class SharedAttention(nnx.Module):
+    """Causal attention of width 2d, read from [hidden, embedding] and projected back to d. Scores are scaled by (head_dim / 2)^-1/2."""
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.dropout_rate = config.attention_dropout
+        width, head_dim = config.attention_hidden_size, config.attention_head_dim
+        q_width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        options = {"std": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.q_proj = Linear(width, q_width, axes=("concat_embed", "q_heads"), **options)
+        self.k_proj = Linear(width, kv_width, axes=("concat_embed", "kv_heads"), **options)
+        self.v_proj = Linear(width, kv_width, axes=("concat_embed", "kv_heads"), **options)
+        self.o_proj = Linear(q_width, config.hidden_size, axes=("q_heads", "embed"), **options)
+
+    def __call__(
+        self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
+    ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
+        query = self._heads(self.q_proj(x), use.q_adapter, x)
+        key = self._heads(self.k_proj(x), use.k_adapter, x)
+        value = self._heads(self.v_proj(x), use.v_adapter, x)
+        if context.rotation is not None:
+            query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
+
+        if past is None:
+            visible = {"is_causal": True}
+            if context.segment_ids is not None:
+                visible["segment_ids"] = (context.segment_ids, context.segment_ids)
+        else:
+            start = (0, context.first_slot, 0, 0)
+            past = KeyValue(
+                jax.lax.dynamic_update_slice(past.key, key.astype(past.key.dtype), start),
+                jax.lax.dynamic_update_slice(past.value, value.astype(past.value.dtype), start),
+            )
+            key, value = past.key.astype(query.dtype), past.value.astype(query.dtype)
+            visible = {"mask": context.mask}
+
+        scale = (self.config.attention_head_dim / 2) ** -0.5
+        dropout_rate = self.dropout_rate if context.dropout_key is not None else 0.0
+        if context.return_weights or dropout_rate > 0.0:
+            mixed, weights = attention_with_weights(
+                query, key, value, scale=scale, dropout_rate=dropout_rate, dropout_key=context.dropout_key, **visible
+            )
+        else:
+            mixed, weights = attention(query, key, value, scale=scale, **visible), None
+        mixed = self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
+        return mixed, past, weights if context.return_weights else None
+
+    def _heads(self, projected: jax.Array, adapter: Adapter | None, x: jax.Array) -> Float[Array, "b l heads head_dim"]:
+        if adapter is not None:
+            projected = projected + adapter(x)
+        return projected.reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
+
+
+class SharedMLP(nnx.Module):
+    """act(gate) · up, projected down; gate and up are one product, to which the use's adapter is added."""
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.activation = config.hidden_act
+        options = {
+            "std": config.initializer_range,
+            "use_bias": config.add_bias_linear,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        self.gate_up_proj = Linear(
+            config.hidden_size, (2, config.intermediate_size), axes=("embed", None, "mlp"), **options
+        )
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **options)
+
+    def __call__(self, x: Float[Array, "b l d"], adapter: Adapter) -> Float[Array, "b l d"]:
+        gate_up = self.gate_up_proj(x) + adapter(x)
+        return self.down_proj(ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :])
+
+
+class SharedTransformerBlock(nnx.Module):
+    """Norm, attention, norm, MLP: u -> MLP(norm(attention(norm([h, e])))), without residuals."""
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        layer = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.input_layernorm = RMSNorm(config.attention_hidden_size, **norm)
+        self.self_attn = SharedAttention(config, **layer)
+        self.pre_ff_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.feed_forward = SharedMLP(config, **layer)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "b l d"],
+        embedded: Float[Array, "b l d"],
+        use: SharedBlockUse,
+        context: AttentionContext,
+        past: KeyValue | None,
+    ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
+        """The output of this use, after the use's own `linear`; the cache entry; the attention weights if wanted."""
+        x = self.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))
+        x, past, weights = self.self_attn(x, use, context, past)
+        x = self.feed_forward(self.pre_ff_layernorm(x), use.gate_up_adapter)
+        return use.linear(x), past, weights
+
+
+class SharedBlockUse(nnx.Module):
+    """What one hybrid layer owns of its shared block: the adapters and the output matrix."""
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options = {"std": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        rank = config.adapter_rank
+        self.linear = Linear(config.hidden_size, config.hidden_size, axes=("embed", None), **options)
+        self.gate_up_adapter = Adapter(
+            config.hidden_size, rank, (2, config.intermediate_size), in_axis="embed", out_axes=(None, "mlp"), **options
+        )
+
+        def attention_adapter(axis: str) -> Adapter | None:
+            if not config.use_shared_attention_adapter:
+                return None
+            width = config.attention_hidden_size
+            return Adapter(width, rank, width, in_axis="concat_embed", out_axes=(axis,), **options)
+
+        self.q_adapter = attention_adapter("q_heads")
+        self.k_adapter = attention_adapter("kv_heads")
+        self.v_adapter = attention_adapter("kv_heads")

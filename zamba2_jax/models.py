@@ -1,0 +1,529 @@
+"""Zamba2Model, Zamba2ForCausalLM, Zamba2ForSequenceClassification: the wiring, to be read beside figure 2 of arXiv 2411.15242."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from zamba2_jax import cache as cache_lib
+from zamba2_jax.cache import KeyValue, MambaState, Zamba2Cache
+from zamba2_jax.checkpoint import load_pretrained, save_pretrained
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.generation import generate
+from zamba2_jax.inputs import ModelInputs, check_inputs
+from zamba2_jax.layers.linear import Embed, Linear
+from zamba2_jax.layers.mamba2 import MambaLayer
+from zamba2_jax.layers.norms import RMSNorm
+from zamba2_jax.layers.rope import rotation
+from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
+from zamba2_jax.ops.losses import (
+    binary_cross_entropy_with_logits,
+    causal_lm_loss,
+    cross_entropy,
+    mean_squared_error,
+)
+from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from zamba2_jax.tokens import TokenLayout
+
+
+class PretrainedModel(nnx.Module):
+    """What the three models share: construction, files, and the cache.
+
+    Attributes:
+        config: the architecture.
+        dtype: of computation. Norms, softmax, SSM states and losses are float32 whatever it is.
+        param_dtype: of stored parameters; A_log, D and dt_bias are float32 whatever it is.
+        generation_config: contents of the checkpoint's generation_config.json, or None.
+    """
+
+    def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike | None):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(dtype if param_dtype is None else param_dtype)
+        for name, value in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
+            if not jnp.issubdtype(value, jnp.floating):
+                raise ValueError(f"{name} must be a floating dtype such as bfloat16 or float32, got {value}.")
+        self.generation_config: dict[str, Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Loads a checkpoint: a hub id, or a directory in Hugging Face's or our own (Orbax) format.
+
+        Args:
+            name_or_path: such as "Zyphra/Zamba2-1.2B", or a directory with config.json and weights.
+            dtype: of computation; None takes the config's, then the file's.
+            param_dtype: of the stored parameters; None is `dtype`.
+            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`); None puts them on the default device.
+            revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+
+        Raises:
+            FileNotFoundError: no such directory or no config.json in it.
+            ValueError: another kind of model, or tensors that are missing, unexpected, misshapen, truncated or contradictory; all are named.
+        """
+        return load_pretrained(
+            cls,
+            name_or_path,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
+        """Writes config.json, generation_config.json and safetensors that transformers' `from_pretrained` loads, bit for bit.
+
+        Nothing is left behind if writing fails; an existing directory that holds something else is refused.
+        """
+        save_pretrained(self, path, max_shard_size=max_shard_size)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> Zamba2Cache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens; dtype None is the compute dtype."""
+        return cache_lib.init_cache(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+
+
+class Zamba2Model(PretrainedModel):
+    """Embedding, Mamba2 layers with shared transformer blocks woven in, final norm.
+
+    Every layer is a Mamba2 layer. Before a hybrid layer's mixer, a shared transformer block reads the stream together with the original
+    embedding, and its output joins the mixer's input. Blocks are stored once (`shared_blocks`); what each use owns is in
+    `shared_block_uses`, in the order of the hybrid layers.
+
+    Args:
+        config: the architecture.
+        dtype: of computation.
+        param_dtype: of stored parameters; None is `dtype`. float32 parameters with bfloat16 computation is the setting for training.
+        rngs: for the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: Zamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype)
+        layer = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+        self.embed_tokens = Embed(
+            config.vocab_size, config.hidden_size, padding_id=config.pad_token_id, std=config.initializer_range, **layer
+        )
+        self.layers = nnx.List([MambaLayer(config, **layer) for _ in range(config.num_hidden_layers)])
+        self.shared_blocks = nnx.List(
+            [SharedTransformerBlock(config, **layer) for _ in range(config.num_shared_blocks)]
+        )
+        self.shared_block_uses = nnx.List([SharedBlockUse(config, **layer) for _ in range(config.num_hybrid_layers)])
+        self.final_layernorm = RMSNorm(
+            config.hidden_size, eps=config.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: Zamba2Cache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        cache_length: int | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Runs the model; pure, eager or under jit.
+
+        Args:
+            input_ids: (b, l) integers in [0, vocab_size). Either these or `inputs_embeds`.
+            attention_mask: (b, l), 1 or True at real tokens, for this call's tokens; or (b, length + l) with a cache, for past and new ones,
+                of which the last l are read. Masked tokens before a row's first and after its last real one are absent: the row continues as
+                if it had not been padded. Between real tokens they are hidden, but time passes.
+            position_ids: (b, l) or (1, l), for the rotary embedding. None counts from each row's first real token, or from the cache's.
+            past_key_values: continue from this cache; the call takes the next l of its slots.
+            inputs_embeds: (b, l, d), in place of embedded `input_ids`.
+            segment_ids: (b, l) integers for packed rows: convolution, state, attention and positions do not cross from one segment to the
+                next. Not together with a cache.
+            use_cache: return a cache; implied by `past_key_values`.
+            output_attentions: return attention probabilities (computed the plain way, (b, heads, l, keys) each).
+            output_hidden_states: return the input of every layer and the final state.
+            cache_length: slots of the cache that `use_cache=True` makes; None is `config.max_position_embeddings`.
+            dropout_key: a `jax.random` key turns `config.attention_dropout` on, as in training. None: no dropout.
+
+        Raises:
+            ValueError: before anything runs, for inputs that contradict each other, have the wrong shape, hold ids outside the vocabulary,
+                or do not fit into the cache. Values are checked where they are concrete, so not under jit.
+        """
+        inputs = check_inputs(
+            self.config,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            segment_ids=segment_ids,
+        )
+        past = past_key_values
+        if past is None and use_cache:
+            slots = self.config.max_position_embeddings if cache_length is None else cache_length
+            if slots < inputs.length:
+                raise ValueError(f"cache_length={slots} is less than the {inputs.length} tokens of this call.")
+            past = self.init_cache(inputs.batch_size, slots)
+        return self._forward(inputs, past, output_attentions, output_hidden_states, dropout_key)
+
+    def _forward(
+        self,
+        inputs: ModelInputs,
+        past: Zamba2Cache | None,
+        output_attentions: bool,
+        output_hidden_states: bool,
+        dropout_key: jax.Array | None,
+    ) -> BaseModelOutputWithPast:
+        layout = TokenLayout.make(
+            inputs.batch_size,
+            inputs.length,
+            token_mask=inputs.token_mask,
+            segment_ids=inputs.segment_ids,
+            position_ids=inputs.position_ids,
+            first_position=None if past is None else past.next_position,
+        )
+        slot_mask = None if past is None else _fill_slots(past, layout, inputs.length)
+        context = self._attention_context(layout, past, slot_mask, output_attentions)
+        dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hybrid_layers)
+
+        if inputs.embeds is None:
+            embedded = self.embed_tokens(inputs.ids)
+        else:
+            embedded = inputs.embeds.astype(self.dtype)
+
+        hidden = embedded
+        all_hidden, all_weights = [], []
+        mamba_states: list[MambaState | None] = []
+        key_values: list[KeyValue | None] = []
+        uses = itertools.count()
+        for index, layer in enumerate(self.layers):
+            all_hidden.append(hidden)
+            transformer_output = None
+            if self.config.layers_block_type[index] == "hybrid":
+                j = next(uses)
+                if dropout_keys is not None:
+                    context = dataclasses.replace(context, dropout_key=dropout_keys[j])
+                transformer_output, key_value, weights = self.shared_blocks[j % self.config.num_mem_blocks](
+                    hidden, embedded, self.shared_block_uses[j], context, None if past is None else past.attention[j]
+                )
+                key_values.append(key_value)
+                all_weights.append(weights)
+            hidden, state = layer(hidden, layout, None if past is None else past.mamba[index], transformer_output)
+            mamba_states.append(state)
+        hidden = self.final_layernorm(hidden)
+        all_hidden.append(hidden)
+
+        present = None
+        if past is not None:
+            present = Zamba2Cache(
+                mamba=tuple(mamba_states),
+                attention=tuple(key_values),
+                slot_mask=slot_mask,
+                length=past.length + inputs.length,
+                next_position=layout.next_position,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=present,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+
+    def _attention_context(
+        self,
+        layout: TokenLayout,
+        past: Zamba2Cache | None,
+        slot_mask: Bool[Array, "b slots"] | None,
+        output_attentions: bool,
+    ) -> AttentionContext:
+        angles = None
+        if self.config.use_mem_rope:
+            angles = rotation(layout.positions, self.config.attention_head_dim, self.config.rotary_base)
+        segment_ids = mask = None
+        if past is None:
+            segment_ids = layout.attention_segments()
+        else:
+            slots = jnp.arange(past.max_length)[None, None]
+            columns = jnp.arange(layout.positions.shape[1])[None, :, None]
+            mask = slot_mask[:, None] & (slots <= past.length + columns)
+        return AttentionContext(
+            rotation=angles,
+            segment_ids=segment_ids,
+            mask=mask,
+            first_slot=None if past is None else past.length,
+            dropout_key=None,
+            return_weights=output_attentions,
+        )
+
+
+class Zamba2ForCausalLM(PretrainedModel):
+    """Zamba2Model with a language-model head, tied to the embedding unless `config.tie_word_embeddings` is False. Arguments as there."""
+
+    def __init__(
+        self,
+        config: Zamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype)
+        layer = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+        self.model = Zamba2Model(config, **layer)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size, config.vocab_size, axes=("embed", "vocab"), std=config.initializer_range, **layer
+            )
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: Zamba2Cache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        segment_ids: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | ArrayLike = 0,
+        cache_length: int | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Next-token scores, and the loss if labels are given.
+
+        Args:
+            labels: (b, l) integers, usually `input_ids` themselves: the shift by one happens here. -100 is not counted; neither is, in a packed
+                row, the last token of a segment, whose successor belongs to another document.
+            logits_to_keep: compute scores for the last so many tokens only; 0 for all. Or a 1-D integer array: for those columns. The loss
+                needs them all.
+            The others: as in `Zamba2Model.__call__`.
+
+        Raises:
+            ValueError: as in `Zamba2Model.__call__`; labels of another shape; labels together with `logits_to_keep`.
+        """
+        if labels is not None:
+            labels = _check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size)
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError("labels need the scores of every token: leave logits_to_keep at 0, or leave labels out.")
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            segment_ids,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            cache_length,
+            dropout_key,
+        )
+        logits = self._head(_keep_columns(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            if segment_ids is not None:
+                labels = _forget_first_of_segment(labels, jnp.asarray(segment_ids))
+            loss = causal_lm_loss(logits, labels)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _head(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
+        return self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+
+    generate = generate
+
+
+class Zamba2ForSequenceClassification(PretrainedModel):
+    """Zamba2Model with a linear head on each row's last real token. Arguments as in `Zamba2Model`; `config.num_labels` scores."""
+
+    def __init__(
+        self,
+        config: Zamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype)
+        layer = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+        self.model = Zamba2Model(config, **layer)
+        self.score = Linear(
+            config.hidden_size, config.num_labels, axes=("embed", "labels"), std=config.initializer_range, **layer
+        )
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        past_key_values: Zamba2Cache | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        cache_length: int | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> SequenceClassifierOutputWithPast:
+        """Class scores (b, num_labels), and the loss if labels are given.
+
+        The row's last real token is the last one that is not `config.pad_token_id`, as in transformers. With `inputs_embeds` it is the last one
+        of `attention_mask`, or the last column without a mask.
+
+        Args:
+            labels: (b,) integers for single-label classification; (b, num_labels) 0 or 1 for multi-label; (b,) or (b, num_labels) floats for
+                regression. `config.problem_type` decides; where it is None: regression for one label, single-label for integers, else
+                multi-label.
+            The others: as in `Zamba2Model.__call__`.
+
+        Raises:
+            ValueError: as in `Zamba2Model.__call__`; labels whose shape does not fit the problem; several rows in a model without a padding
+                token.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            None,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            cache_length,
+            dropout_key,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_token(hidden.shape, input_ids, inputs_embeds, attention_mask)
+        logits = self.score(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        return SequenceClassifierOutputWithPast(
+            loss=None if labels is None else self._loss(logits, jnp.asarray(labels)),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_token(
+        self,
+        shape: tuple[int, int, int],
+        input_ids: ArrayLike | None,
+        inputs_embeds: ArrayLike | None,
+        attention_mask: ArrayLike | None,
+    ) -> Int[Array, " b"]:
+        batch_size, length, _ = shape
+        if self.config.pad_token_id is None and batch_size > 1:
+            raise ValueError(
+                f"a batch of {batch_size} rows needs config.pad_token_id to find each row's last token; set it, or pass rows one at a time."
+            )
+        if input_ids is not None and self.config.pad_token_id is not None:
+            real = jnp.asarray(input_ids) != self.config.pad_token_id
+        elif inputs_embeds is not None and attention_mask is not None:
+            real = jnp.asarray(attention_mask)[:, -length:].astype(bool)
+        else:
+            return jnp.full((batch_size,), length - 1, jnp.int32)
+        return jnp.argmax(jnp.arange(length, dtype=jnp.int32) * real, axis=-1)
+
+    def _loss(self, logits: Float[Array, "b labels"], labels: jax.Array) -> Float[Array, ""]:
+        num_labels = self.config.num_labels
+        problem = self.config.problem_type
+        if problem is None:
+            if num_labels == 1:
+                problem = "regression"
+            elif jnp.issubdtype(labels.dtype, jnp.integer):
+                problem = "single_label_classification"
+            else:
+                problem = "multi_label_classification"
+
+        expected = {
+            "regression": (logits.shape,) if num_labels > 1 else (logits.shape, logits.shape[:1]),
+            "single_label_classification": (logits.shape[:1],),
+            "multi_label_classification": (logits.shape,),
+        }[problem]
+        if labels.shape not in expected:
+            raise ValueError(f"labels for {problem} must have shape {expected[-1]}, got {labels.shape}.")
+        match problem:
+            case "regression":
+                return mean_squared_error(logits, labels.reshape(logits.shape))
+            case "single_label_classification":
+                if not jnp.issubdtype(labels.dtype, jnp.integer):
+                    raise ValueError(f"labels for {problem} must be integers, got {labels.dtype}.")
+                return cross_entropy(logits, labels)
+            case _:
+                return binary_cross_entropy_with_logits(logits, labels)
+
+
+def _fill_slots(past: Zamba2Cache, layout: TokenLayout, length: int) -> Bool[Array, "b slots"]:
+    real = jnp.ones((past.batch_size, length), bool) if layout.token_mask is None else layout.token_mask
+    return jax.lax.dynamic_update_slice(past.slot_mask, real, (0, past.length))
+
+
+def _keep_columns(hidden: Float[Array, "b l d"], logits_to_keep: int | ArrayLike) -> Float[Array, "b kept d"]:
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all), a count, or an index array, got {logits_to_keep}.")
+        return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
+    columns = jnp.asarray(logits_to_keep)
+    if columns.ndim != 1 or not jnp.issubdtype(columns.dtype, jnp.integer):
+        raise ValueError(
+            f"logits_to_keep must be an int or a 1-D integer array, got shape {columns.shape}, dtype {columns.dtype}."
+        )
+    return jnp.take(hidden, columns, axis=1)
+
+
+def _check_labels(
+    labels: ArrayLike, input_ids: ArrayLike | None, inputs_embeds: ArrayLike | None, vocab_size: int
+) -> Int[Array, "b l"]:
+    shape = jnp.shape(input_ids) if input_ids is not None else jnp.shape(inputs_embeds)[:2]
+    if jnp.shape(labels) != shape:
+        raise ValueError(f"labels must have the shape of the tokens, {shape}, got {jnp.shape(labels)}.")
+    if not isinstance(labels, jax.core.Tracer):
+        values = np.asarray(labels)
+        if not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"labels must be integers, got {values.dtype}.")
+        wrong = values[(values != -100) & ((values < 0) | (values >= vocab_size))]
+        if wrong.size:
+            raise ValueError(f"labels must be -100 or in [0, {vocab_size}), got {wrong[0]}.")
+    return jnp.asarray(labels)
+
+
+def _forget_first_of_segment(labels: Int[Array, "b l"], segment_ids: Int[Array, "b l"]) -> Int[Array, "b l"]:
+    """Labels without each segment's first token: what precedes it belongs to another document."""
+    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(first, -100, labels)
