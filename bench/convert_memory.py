@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("shape", choices=_SHAPES)
     parser.add_argument("--layers", type=int, help="keep only so many layers")
     parser.add_argument("--load", action="store_true", help="also load the model, from both formats")
-    parser.add_argument("--directory", help="where to make the files (removed at the end); default: the temporary directory")
+    parser.add_argument(
+        "--directory", help="where to make the files (removed at the end); default: the temporary directory"
+    )
     options = parser.parse_args()
 
     config = _SHAPES[options.shape]()
@@ -86,7 +88,10 @@ def main() -> None:
         shutil.rmtree(directory / "orbax")
         names = sorted(file.name for file in kept.glob("*.safetensors"))
         _, differing, missing = filecmp.cmpfiles(kept, directory / "back", names, shallow=False)
-        print(f"{len(names)} files back, " + ("equal byte for byte" if not differing + missing else f"DIFFERENT: {differing + missing}"))
+        print(
+            f"{len(names)} files back, "
+            + ("equal byte for byte" if not differing + missing else f"DIFFERENT: {differing + missing}")
+        )
         print(json.dumps(results))
 
 

@@ -48,7 +48,13 @@ def _from_hf(options: argparse.Namespace) -> int:
     if is_orbax(source):
         raise ValueError(f"{options.source} is a zamba2_jax checkpoint already; to-hf is the other way.")
     _check_target(source, options)
-    write_orbax(open_parameters(source), options.target, dtype=options.dtype, overwrite=options.overwrite, progress=options.progress)
+    write_orbax(
+        open_parameters(source),
+        options.target,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        progress=options.progress,
+    )
     print(f"wrote {options.target}; load it with Zamba2ForCausalLM.from_pretrained({options.target!r})")
     return 0
 
@@ -99,15 +105,17 @@ def _check_target(source: Path, options: argparse.Namespace) -> None:
     if target.exists() and target.resolve() == source.resolve():
         raise ValueError(f"source and target are the same directory, {target}.")
     if target.is_dir() and any(target.iterdir()) and not options.overwrite:
-        raise ValueError(f"{target} is not empty; give another directory, or --overwrite to replace the checkpoint in it.")
+        raise ValueError(
+            f"{target} is not empty; give another directory, or --overwrite to replace the checkpoint in it."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Converts Zamba2 checkpoints between Hugging Face's format and zamba2_jax's, looks into them and compares them. "
-        "Memory holds a few tensors at a time, whatever the size of the model.",
+        description="Converts Zamba2 checkpoints between Hugging Face's format and zamba2_jax's, looks into them and "
+        "compares them. Memory holds a few tensors at a time, whatever the size of the model.",
         epilog=_EXAMPLES,
         **style,
     )
@@ -139,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "from-hf",
         _from_hf,
-        "Hugging Face (safetensors, sharded or not, or PyTorch pickles) to zamba2_jax (Orbax), with config and tokenizer files.",
+        "Hugging Face (safetensors, sharded or not, or PyTorch pickles) to zamba2_jax (Orbax), with config and "
+        "tokenizer files.",
         "python -m convert from-hf Zyphra/Zamba2-1.2B zamba2-1.2b",
     )
     writer(sub, "A_log, D and dt_bias are float32 always.")
@@ -147,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "to-hf",
         _to_hf,
-        "zamba2_jax to safetensors that transformers loads, bit for bit. A Hugging Face SRC is written anew in transformers' layout.",
+        "zamba2_jax to safetensors that transformers loads, bit for bit. A Hugging Face SRC is written anew in "
+        "transformers' layout.",
         "python -m convert to-hf zamba2-1.2b for-pytorch --max-shard-size 2GB",
     )
     writer(sub, "A_log, D and dt_bias take it where that is exact, else float32.")
@@ -164,18 +174,26 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "verify",
         _verify,
-        "Compares two checkpoints of either format: every parameter, and, where one is Hugging Face's and torch is installed, "
+        "Compares two checkpoints of either format: every parameter, and, where one is Hugging Face's and torch "
+        "is installed, "
         "the outputs of PyTorch on it and of zamba2_jax on the other, in float32.",
         "python -m convert verify Zyphra/Zamba2-1.2B zamba2-1.2b --layers",
     )
     sub.add_argument("a", metavar="A", help="a directory or a hub id, in either format")
     sub.add_argument("b", metavar="B", help="the other; it may be the same one")
     sub.add_argument("--layers", action="store_true", help="compare the hidden states after every layer too")
-    sub.add_argument("--prompt-ids", type=_ids, metavar="IDS", help='tokens to run, such as "1 415 2936"; default: 32 fixed ones')
-    sub.add_argument("--parameters-only", action="store_true", help="do not run the models")
-    sub.add_argument("--tolerance", type=float, default=0.0, help="largest difference of a parameter that passes; default: 0")
     sub.add_argument(
-        "--logits-tolerance", type=float, default=1e-3, help="largest difference of an output that passes; default: 0.001"
+        "--prompt-ids", type=_ids, metavar="IDS", help='tokens to run, such as "1 415 2936"; default: 32 fixed ones'
+    )
+    sub.add_argument("--parameters-only", action="store_true", help="do not run the models")
+    sub.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference of a parameter that passes; default: 0"
+    )
+    sub.add_argument(
+        "--logits-tolerance",
+        type=float,
+        default=1e-3,
+        help="largest difference of an output that passes; default: 0.001",
     )
     progress(sub)
     return parser

@@ -40,7 +40,10 @@ def inspect(directory: Path) -> int:
     print(f"\n{account.architecture}, {len(files.tensors)} tensors in {len(used)} file{'s' if len(used) != 1 else ''}")
     _print_counts(account.tensors, Counter(info.dtype_name for info in files.tensors.values()))
     if account.copies:
-        print(f"{len(account.copies)} tensors repeat others; inspect does not read them, loading checks that they are equal")
+        print(
+            f"{len(account.copies)} tensors repeat others; inspect does not read them, loading checks that they "
+            "are equal"
+        )
     for message in account.warnings:
         print(f"note: {message}")
     return _print_faults(account.faults)

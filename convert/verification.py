@@ -92,7 +92,9 @@ def _verify_parameters(a: Path, b: Path, tolerance: float, progress: bool | None
         for path in shapes:
             result.add(".".join(map(str, path)), one.read(path), other.read(path))
             bar.update(math.prod(shapes[path]))
-    print(f"parameters: {result.count} compared, {len(result.differing)} differ, largest difference {result.largest:.6g}")
+    print(
+        f"parameters: {result.count} compared, {len(result.differing)} differ, largest difference {result.largest:.6g}"
+    )
     for value, name in sorted(result.differing, reverse=True)[:10]:
         print(f"  {value:.6g}  {name}")
     return result.largest <= tolerance, one.architecture, one.config.vocab_size
@@ -142,7 +144,9 @@ def _run_torch(directory: Path, architecture: str, prompt_ids: list[int]) -> dic
 
     seen = []
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        module.register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
         for module in (base.embed_tokens, *base.layers[:-1], base.final_layernorm)
     ]
     with torch.no_grad():

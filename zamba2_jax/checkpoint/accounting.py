@@ -1,4 +1,5 @@
-"""Strict accounting: every tensor of a checkpoint is used, ignored by a rule, or a fault; every parameter is filled exactly once.
+"""Strict accounting: every tensor of a checkpoint is used, ignored by a rule, or a fault; every parameter is filled
+exactly once.
 
 All faults are gathered and reported together, so that a broken file is understood in one go.
 """
@@ -73,7 +74,8 @@ def guess_architecture(config: Zamba2Config, names: Iterable[str]) -> str:
 
 
 def settle_accounts(config: Zamba2Config, architecture: str, files: TensorFiles) -> Account:
-    """Assigns every tensor of `files` to the model `architecture`; reads no values but convolution biases that the config denies."""
+    """Assigns every tensor of `files` to the model `architecture`; reads no values but convolution biases that the
+    config denies."""
     names = _canonical_names(architecture, files.tensors)
     account = Account(config, architecture)
     account.faults += files.faults
@@ -90,10 +92,13 @@ def settle_accounts(config: Zamba2Config, architecture: str, files: TensorFiles)
         info = files.tensors[file_name]
         if info.dtype is None:
             account.faults.append(
-                f"{file_name}: is {info.dtype_name} in {info.file}; only F32, BF16, F16 and F64 can be loaded, not quantised weights."
+                f"{file_name}: is {info.dtype_name} in {info.file}; only F32, BF16, F16 and F64 can be loaded, "
+                "not quantised weights."
             )
         elif info.shape != tensor.shape:
-            account.faults.append(f"{file_name}: has shape {info.shape} in {info.file}, but the config asks for {tensor.shape}.")
+            account.faults.append(
+                f"{file_name}: has shape {info.shape} in {info.file}, but the config asks for {tensor.shape}."
+            )
         found.setdefault(tensor.name, []).append(file_name)
 
     lost = _canonical_names(architecture, files.lost)
@@ -106,7 +111,11 @@ def settle_accounts(config: Zamba2Config, architecture: str, files: TensorFiles)
             account.new.append(tensor.name)
             account.warnings.append(NEW_HEAD.format(name=tensor.name))
         elif not tensor.stands_for_zero and not any(name in lost for name in (tensor.name, *tensor.copies)):
-            where = "" if len(tensor.layers) < 2 else f", nor under another layer that shares it ({_layers(tensor.layers[1:])})"
+            where = (
+                ""
+                if len(tensor.layers) < 2
+                else f", nor under another layer that shares it ({_layers(tensor.layers[1:])})"
+            )
             account.faults.append(f"{tensor.name}: missing; shape {tensor.shape} is needed{where}.")
     # A file of which nothing could be read is not made clearer by the list of all that it should have held.
     if files.faults and not files.tensors:
@@ -138,7 +147,7 @@ def _canonical_names(architecture: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def _settle_conv_bias(account: Account, names: dict[str, str], files: TensorFiles) -> None:
-    """transformers has convolution biases whatever `use_conv_bias` says. Biases that are not zero overrule the config."""
+    """transformers has convolution biases whatever `use_conv_bias` says. Biases that are not zero overrule it."""
     if account.config.use_conv_bias:
         return
     biases = [name for name in names.values() if name.endswith("mamba.conv1d.bias")]
@@ -147,7 +156,8 @@ def _settle_conv_bias(account: Account, names: dict[str, str], files: TensorFile
         return
     account.config = account.config.replace(use_conv_bias=True)
     account.warnings.append(
-        f"the config says use_conv_bias=False, but the checkpoint holds {len(biases)} convolution biases, which transformers applies "
+        f"the config says use_conv_bias=False, but the checkpoint holds {len(biases)} convolution biases, which "
+        "transformers applies "
         "whatever the config says: loaded with use_conv_bias=True."
     )
 
@@ -167,7 +177,8 @@ def _settle_other(account: Account, name: str, file_name: str) -> None:
 
 
 def compare_copies(account: Account, files: TensorFiles) -> list[str]:
-    """Reads every tensor that the checkpoint holds more than once; the faults are those that are not equal bit for bit."""
+    """Reads every tensor that the checkpoint holds more than once; the faults are those that are not equal bit for
+    bit."""
     faults = []
     for first, copy in account.copies:
         one, other = files.tensors[first], files.tensors[copy]
@@ -178,19 +189,22 @@ def compare_copies(account: Account, files: TensorFiles) -> list[str]:
             continue
         if copy == "lm_head.weight":
             faults.append(
-                f"{copy}: differs from {first} ({one.file}, {other.file}) by up to {difference:.6g}, but the config ties them; set "
+                f"{copy}: differs from {first} ({one.file}, {other.file}) by up to {difference:.6g}, but the "
+                "config ties them; set "
                 "tie_word_embeddings=false if the head is its own."
             )
         else:
             faults.append(
-                f"{copy} (in {other.file}): differs from {first} (in {one.file}) by up to {difference:.6g}, but both are the same shared "
+                f"{copy} (in {other.file}): differs from {first} (in {one.file}) by up to {difference:.6g}, but "
+                "both are the same shared "
                 "block."
             )
     return faults
 
 
 def _largest_difference(one: TensorInfo, other: TensorInfo) -> float | None:
-    """None if the values are equal bit for bit, else the largest absolute difference; infinite where a NaN meets a number."""
+    """None if the values are equal bit for bit, else the largest absolute difference; infinite where a NaN meets a
+    number."""
     largest = None
     for start, stop in one.row_blocks(1 << 24):
         mine, yours = one.read_rows(start, stop), other.read_rows(start, stop)

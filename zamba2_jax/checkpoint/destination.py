@@ -28,8 +28,9 @@ _HARMLESS = (*COMPANIONS, "additional_chat_templates", ".gitattributes", ".cache
 def check_destination(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """`path` as a directory that may be written.
 
-    Allowed are a path that does not exist, an empty directory, and a directory that holds nothing but a checkpoint and its tokenizer, whose
-    weights are then replaced. With `overwrite`, other files in it are no obstacle; they stay.
+    Allowed are a path that does not exist, an empty directory, and a directory that holds nothing but a checkpoint
+    and its tokenizer, whose weights are then replaced. With `overwrite`, other files in it are no obstacle; they
+    stay.
 
     Raises:
         ValueError: what stands in the way.
@@ -47,7 +48,8 @@ def check_destination(path: str | os.PathLike[str], overwrite: bool) -> Path:
     if foreign and not overwrite:
         shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")
         raise ValueError(
-            f"{path} holds files that are no part of a checkpoint ({shown}); give another directory, or overwrite=True to write among them."
+            f"{path} holds files that are no part of a checkpoint ({shown}); give another directory, or "
+            "overwrite=True to write among them."
         )
     return destination
 
@@ -56,8 +58,8 @@ def check_destination(path: str | os.PathLike[str], overwrite: bool) -> Path:
 def writing(destination: Path) -> Iterator[Path]:
     """A new directory beside `destination` that takes its place when the block ends, or is removed when it fails.
 
-    What a save does not replace (tokenizer files, a README) is kept. In a job of several processes all enter and leave together, and the
-    first one makes and moves the directories.
+    What a save does not replace (tokenizer files, a README) is kept. In a job of several processes all enter and
+    leave together, and the first one makes and moves the directories.
 
     Raises:
         OSError: the disk is full or cannot be written; says where.

@@ -53,7 +53,9 @@ def find_checkpoint(
         raise ValueError(f"{name_or_path} is a file; give the directory with config.json and the weights.")
     name = os.fspath(name_or_path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise FileNotFoundError(f"There is no directory {name_or_path}, and it is no hub id such as Zyphra/Zamba2-1.2B.")
+        raise FileNotFoundError(
+            f"There is no directory {name_or_path}, and it is no hub id such as Zyphra/Zamba2-1.2B."
+        )
 
     import huggingface_hub
     from huggingface_hub import errors
@@ -117,7 +119,8 @@ class TensorFiles:
         directory: of the files.
         tensors: by name.
         faults: everything wrong with the files themselves.
-        lost: names that an index puts into files that are absent or unreadable; the fault of the file says so once for all of them.
+        lost: names that an index puts into files that are absent or unreadable; the fault of the file says so once
+            for all of them.
     """
 
     directory: Path
@@ -146,7 +149,8 @@ def open_tensors(directory: Path) -> TensorFiles:
             found.faults += _missing_shards(names)
             return found
     raise FileNotFoundError(
-        f"There are no weights in {directory}: neither *.safetensors, nor PyTorch's *.bin or *.pt, nor {ORBAX}/ of zamba2_jax."
+        f"There are no weights in {directory}: neither *.safetensors, nor PyTorch's *.bin or *.pt, nor {ORBAX}/ "
+        "of zamba2_jax."
     )
 
 

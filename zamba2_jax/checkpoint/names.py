@@ -1,7 +1,8 @@
 """The one table between Hugging Face's tensors and our parameters; reading, writing and accounting all derive from it.
 
-A PyTorch matrix is (out, in), ours is (in, *out). Where PyTorch fuses several matrices along its rows (`in_proj`: z, x, B, C, dt), each of
-ours is a run of those rows. One formula therefore covers linear layers, their fused forms and the depthwise convolution:
+A PyTorch matrix is (out, in), ours is (in, *out). Where PyTorch fuses several matrices along its rows (`in_proj`: z,
+x, B, C, dt), each of ours is a run of those rows. One formula therefore covers linear layers, their fused forms and
+the depthwise convolution:
 
     ours = rows.reshape(len(rows), -1).T.reshape(shape of ours)
 
@@ -106,11 +107,11 @@ class Tensor:
         name: as transformers writes it.
         shape: in the file.
         parts: our parameters, in the order of its rows, which they cover.
-        copies: other names under which a file may hold the same values: a shared block under the other layers that repeat it, and
-            lm_head of a tied model.
+        copies: other names under which a file may hold the same values: a shared block under the other layers that
+            repeat it, and lm_head of a tied model.
         layers: the layers that apply it; several for a shared block's.
-        stands_for_zero: transformers has this tensor even where our model has no parameter (a convolution without bias): written as
-            zeros. It has no parts.
+        stands_for_zero: transformers has this tensor even where our model has no parameter (a convolution without
+            bias): written as zeros. It has no parts.
     """
 
     name: str
@@ -244,7 +245,8 @@ def _mamba_layer(scope: _Scope, config: Zamba2Config) -> Iterator[Tensor]:
 def _shared_block(
     names: list[str], root: Path, block: int, repeats: tuple[int, ...], config: Zamba2Config
 ) -> Iterator[Tensor]:
-    """A shared block under its first layer's name, with the adapters of all its uses; its other layers' names are copies."""
+    """A shared block under its first layer's name, with the adapters of all its uses; its other layers' names are
+    copies."""
     d, i, r = config.hidden_size, config.intermediate_size, config.adapter_rank
     bias = config.add_bias_linear
     query = config.num_attention_heads * config.attention_head_dim

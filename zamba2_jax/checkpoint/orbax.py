@@ -1,7 +1,8 @@
-"""Our own format: config.json, generation_config.json and tokenizer files, and the parameters as an Orbax tree in `params`.
+"""Our own format: config.json, generation_config.json and tokenizer files, and the parameters as an Orbax tree in
+`params`.
 
-Any Orbax reader can restore `params`: a nested dictionary by the names of our parameter tree. Values are written and read one at a time, so
-that converting a model needs the memory of its largest tensor.
+Any Orbax reader can restore `params`: a nested dictionary by the names of our parameter tree. Values are written and
+read one at a time, so that converting a model needs the memory of its largest tensor.
 """
 
 import asyncio
@@ -260,4 +261,3 @@ def _open_array(directory: FilePath, name: str) -> tensorstore.TensorStore:
         "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
     }
     return tensorstore.open(spec, read=True, open=True).result()
-

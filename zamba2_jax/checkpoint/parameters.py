@@ -70,7 +70,8 @@ class Parameters(abc.ABC):
 
     @abc.abstractmethod
     def read(self, path: Path, index: Index | None = None) -> np.ndarray:
-        """The parameter, or the slice `index` (a slice per dimension) of it. Every process of a job must ask for the same paths in turn."""
+        """The parameter, or the slice `index` (a slice per dimension) of it. Every process of a job must ask for the
+        same paths in turn."""
 
     def common_dtype(self) -> np.dtype:
         """The model's dtype: the embedding's."""
@@ -89,8 +90,8 @@ class Parameters(abc.ABC):
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    # By bits: arithmetic on bfloat16 in numpy would go element by element through float32. In blocks: the mask of a large matrix would be
-    # as large as the matrix.
+    # By bits: arithmetic on bfloat16 in numpy would go element by element through float32. In blocks: the mask of a
+    # large matrix would be as large as the matrix.
     unsigned, exponent = _EXPONENTS[values.dtype.name]
     flat = np.ascontiguousarray(values).reshape(-1).view(unsigned)
     step = 1 << 22
@@ -159,7 +160,8 @@ class ModelParameters(Parameters):
         extra = [".".join(map(str, path)) for path in self._values if path not in self.parts]
         if missing or extra:
             raise ValueError(
-                f"the model's parameters are not those of {self.architecture} with its config: missing {missing}, unexpected {extra}."
+                f"the model's parameters are not those of {self.architecture} with its config: missing {missing}, "
+                f"unexpected {extra}."
             )
 
     def dtype(self, path: Path) -> np.dtype:
@@ -169,7 +171,9 @@ class ModelParameters(Parameters):
         value = self._values[path]
         array = _to_host(value)
         if array.shape != self.shape(path):
-            raise ValueError(f"{'.'.join(map(str, path))} has shape {array.shape}, but the config asks for {self.shape(path)}.")
+            raise ValueError(
+                f"{'.'.join(map(str, path))} has shape {array.shape}, but the config asks for {self.shape(path)}."
+            )
         return array if index is None else array[index]
 
     def value(self, path: Path) -> jax.Array:
@@ -182,7 +186,8 @@ def _to_host(value: jax.Array) -> np.ndarray:
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(value, tiled=True)
-    # Not np.asarray(value): a jax.Array keeps the host copy that it once made, and a saved model would stay in host memory as well.
+    # Not np.asarray(value): a jax.Array keeps the host copy that it once made, and a saved model would stay in host
+    # memory as well.
     host = np.empty(value.shape, value.dtype)
     for position, shard in enumerate(value.addressable_shards):
         if shard.replica_id == 0:

@@ -22,7 +22,8 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         import torch
     except ImportError as error:
         raise ImportError(
-            f"{path} is a PyTorch pickle, which only torch can read safely: `pip install torch`, or take a checkpoint in safetensors."
+            f"{path} is a PyTorch pickle, which only torch can read safely: `pip install torch`, or take a "
+            "checkpoint in safetensors."
         ) from error
 
     try:
@@ -30,7 +31,8 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return {}, [
-            f"{path.name}: cannot be read as PyTorch weights: it is damaged, or holds more than tensors. Nothing in it was executed. "
+            f"{path.name}: cannot be read as PyTorch weights: it is damaged, or holds more than tensors. Nothing "
+            "in it was executed. "
             f"(torch: {reason[:200]})"
         ]
     for wrapper in _WRAPPERS:

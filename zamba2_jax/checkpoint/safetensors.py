@@ -1,8 +1,9 @@
 """The safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes.
 
-Written out here instead of through the safetensors package for two reasons. Its reader maps files into memory, so that every page read stays
-in the process' resident set until the file is closed, while reads into a buffer cost one tensor. Its writer wants all tensors of a file at
-once, while ours are produced one at a time. https://github.com/huggingface/safetensors describes the format.
+Written out here instead of through the safetensors package for two reasons. Its reader maps files into memory, so
+that every page read stays in the process' resident set until the file is closed, while reads into a buffer cost one
+tensor. Its writer wants all tensors of a file at once, while ours are produced one at a time.
+https://github.com/huggingface/safetensors describes the format.
 """
 
 import json
@@ -50,14 +51,15 @@ class TensorInfo:
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 1)
 
     def row_blocks(self, max_bytes: int) -> Iterator[tuple[int, int]]:
-        """Consecutive runs of rows (start, stop) of about `max_bytes` each that cover the tensor, which has at least one axis."""
+        """Consecutive runs of rows (start, stop) of about `max_bytes` each that cover the tensor, which has at least
+        one axis."""
         step = max(1, max_bytes * self.shape[0] // max(self.nbytes, 1))
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The tensors of a file, and what is wrong with it (truncated, not a safetensors file, tensors outside the file)."""
+    """The tensors of a file, and what is wrong with it (truncated, another format, damaged)."""
     faults = []
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -82,13 +84,17 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     for name, (dtype_name, shape, begin, stop) in entries.items():
         dtype = DTYPES.get(dtype_name)
         if dtype is not None and stop - begin != math.prod(shape) * dtype.itemsize:
-            faults.append(f"{path.name}: {name} {dtype_name} {shape} does not take the {stop - begin} bytes of its header.")
+            faults.append(
+                f"{path.name}: {name} {dtype_name} {shape} does not take the {stop - begin} bytes of its header."
+            )
             continue
         tensors[name] = TensorInfo(shape, dtype, dtype_name, path.name, _reader(path, dtype, shape, data + begin))
     return tensors, faults
 
 
-def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[int, int | None], np.ndarray]:
+def _reader(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int
+) -> Callable[[int, int | None], np.ndarray]:
     def read_rows(start: int, stop: int | None) -> np.ndarray:
         if not shape:
             return np.fromfile(path, dtype, 1, offset=offset).reshape(())
@@ -97,7 +103,9 @@ def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
         count = (stop - start) * row
         array = np.fromfile(path, dtype, count, offset=offset + start * row * dtype.itemsize)
         if array.size != count:
-            raise ValueError(f"{path}: ended while rows {start}:{stop} of a {shape} tensor were read; the file has changed.")
+            raise ValueError(
+                f"{path}: ended while rows {start}:{stop} of a {shape} tensor were read; the file has changed."
+            )
         return array.reshape(stop - start, *shape[1:])
 
     return read_rows

@@ -19,7 +19,17 @@ from zamba2_jax.checkpoint.parameters import ModelParameters, Parameters
 from zamba2_jax.checkpoint.progress import byte_bar
 from zamba2_jax.checkpoint.safetensors import DTYPES, write_file
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def save_pretrained(
@@ -31,7 +41,8 @@ def save_pretrained(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Writes `model` as transformers would: `from_pretrained` there loads it with nothing missing and nothing unexpected.
+    """Writes `model` as transformers would: `from_pretrained` there loads it with nothing missing and nothing
+    unexpected.
 
     A model that was loaded from such files and not changed is written back bit for bit.
 
@@ -39,12 +50,14 @@ def save_pretrained(
         model: one of the three model classes, on any devices.
         path: a directory: new, empty, or holding nothing but a checkpoint, whose weights are replaced.
         max_shard_size: of a file, such as "5GB" or a number of bytes. Models that fit are one model.safetensors.
-        dtype: to store weights in; None keeps the model's. A_log, D and dt_bias are stored in this dtype if that is exact, else in float32.
+        dtype: to store weights in; None keeps the model's. A_log, D and dt_bias are stored in this dtype if that is
+            exact, else in float32.
         overwrite: write even among files that are no part of a checkpoint; they stay.
         progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
-        ValueError: `path` is taken, or an argument makes no sense. OSError: it cannot be written; nothing is left behind.
+        ValueError: `path` is taken, or an argument makes no sense. OSError: it cannot be written; nothing is left
+            behind.
     """
     write_hugging_face(
         ModelParameters(model), path, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite, progress=progress
@@ -70,7 +83,8 @@ def write_hugging_face(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> None:
-    """Writes parameters from anywhere as transformers would, holding one tensor at a time. Arguments as in `save_pretrained`."""
+    """Writes parameters from anywhere as transformers would, holding one tensor at a time. Arguments as in
+    `save_pretrained`."""
     limit = parse_size(max_shard_size)
     storage = None if dtype is None else np.dtype(dtype)
     if storage is not None and storage not in DTYPES.values():
@@ -122,7 +136,9 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     factor = _UNITS.get(match[2].upper()) if match else None
     if factor is None or not 1 <= float(match[1]) * factor < math.inf:
-        raise ValueError(f'max_shard_size must be a positive number of bytes or a text such as "5GB" or "300MB", got {size!r}.')
+        raise ValueError(
+            f'max_shard_size must be a positive number of bytes or a text such as "5GB" or "300MB", got {size!r}.'
+        )
     return int(float(match[1]) * factor)
 
 
