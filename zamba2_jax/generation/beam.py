@@ -197,7 +197,7 @@ def _continue(
     if processors.sample:
         # The largest of log-probabilities plus Gumbel noise, in order, are draws without replacement.
         ranked = total + gumbel_noise(knobs.seed, state.step, total.shape)
-    count = max(2, 1 + processors.eos) * num_beams
+    count = processors.keep * num_beams
     chosen = jax.lax.top_k(ranked, count)[1]
     beam, token = chosen // vocab_size, chosen % vocab_size
 

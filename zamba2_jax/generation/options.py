@@ -350,8 +350,8 @@ def _sampling(values: Mapping[str, Any], do_sample: bool) -> dict[str, Any]:
     temperature = values["temperature"]
     if temperature is not None and not (_is_number(temperature) and 0 < temperature < math.inf):
         raise ValueError(
-            f"temperature must be a finite number above 0 when do_sample=True, got {temperature!r}; for greedy decoding "
-            "set do_sample=False."
+            f"temperature must be a finite number above 0 when do_sample=True, got {temperature!r}; for greedy "
+            "decoding set do_sample=False."
         )
     top_p = values["top_p"]
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):

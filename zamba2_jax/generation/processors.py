@@ -20,6 +20,7 @@ from zamba2_jax.generation.options import Options
 # The threshold of top_k is the k-th largest of the largest `bound` scores. The bound is static, k is not; so k moves
 # freely up to it.
 _TOP_K_BOUNDS = (64, 256, 1024, 4096)
+_EOS_SLOTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,8 @@ class Processors:
         no_repeat_ngram_size: n, 0 for off. Static because windows have that width.
         top_k_bound: the largest k that the program can serve, 0 for off.
         sample: draw a token; otherwise take the best.
-        keep: tokens that top_k, top_p and min_p must leave: 1, or enough for beams to go on after every end-of-sequence
-            token.
-        eos: how many end-of-sequence tokens there are.
+        keep: tokens that top_k, top_p and min_p must leave. For beam search also how many continuations per beam are
+            looked at: more than there are ends of sequence, so that the search can go on.
     """
 
     repetition_penalty: bool
@@ -45,7 +45,6 @@ class Processors:
     min_p: bool
     sample: bool
     keep: int
-    eos: int
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +83,6 @@ def split(options: Options, vocab_size: int) -> tuple[Processors, Knobs]:
         min_p=options.min_p is not None,
         sample=options.do_sample,
         keep=keep,
-        eos=len(options.eos_token_ids),
     )
 
     def number(value: float | None) -> np.float32:
@@ -97,7 +95,12 @@ def split(options: Options, vocab_size: int) -> tuple[Processors, Knobs]:
         top_k=np.int32(top_k),
         top_p=number(options.top_p),
         min_p=number(options.min_p),
-        eos_token_ids=np.asarray(options.eos_token_ids, np.int32),
+        # Filled up with an id that no token has: one or three end-of-sequence ids, the program is the same.
+        eos_token_ids=np.pad(
+            np.asarray(options.eos_token_ids, np.int32),
+            (0, max(0, _EOS_SLOTS - len(options.eos_token_ids))),
+            constant_values=vocab_size,
+        ),
         pad_token_id=np.int32(0 if options.pad_token_id is None else options.pad_token_id),
         seed=np.uint32(options.seed),
         length_penalty=number(options.length_penalty),
@@ -143,7 +146,7 @@ def process(
         scores = no_repeat_ngram(scores, tokens, prompt.given, end, processors.no_repeat_ngram_size)
     if processors.min_new_tokens:
         early = step < knobs.min_new_tokens
-        is_eos = jnp.zeros(scores.shape[-1], bool).at[knobs.eos_token_ids].set(True)
+        is_eos = jnp.zeros(scores.shape[-1], bool).at[knobs.eos_token_ids].set(True, mode="drop")
         scores = jnp.where(early & is_eos, -jnp.inf, scores)
     if processors.temperature:
         scores = scores / knobs.temperature

@@ -21,9 +21,7 @@ from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
 
 
 class Structure:
-    """A model without its arrays: hashable, hence a static argument. Equal for two models of one architecture and
-    dtype.
-    """
+    """A model without its arrays: hashable, so a static argument. Equal for two models of one shape and dtype."""
 
     def __init__(self, model: nnx.Module):
         # The generation config is none of the programs' business, and as a dict it could not be hashed.

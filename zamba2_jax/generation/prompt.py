@@ -238,7 +238,7 @@ def _capacity(padded: int, max_new_tokens: int, cache_length: int | None, cache:
         if needed > capacity:
             raise ValueError(
                 f"cache_length must be at least {needed} for a prompt padded to {padded} columns and {max_new_tokens} "
-                f"new tokens, got {cache_length}; raise it, or lower prefill_chunk, of which the prompt fills a multiple."
+                f"new tokens, got {cache_length}; raise it, or lower prefill_chunk."
             )
         return capacity
     if cache_length is not None:
@@ -248,9 +248,9 @@ def _capacity(padded: int, max_new_tokens: int, cache_length: int | None, cache:
     free = cache.max_length - int(cache.length)
     if needed > free:
         raise ValueError(
-            f"past_key_values has {free} of {cache.max_length} slots free, and {padded} prompt columns (a multiple of "
-            f"the prefill chunk) and {max_new_tokens} new tokens need {needed}; make it larger, or lower prefill_chunk or "
-            "max_new_tokens."
+            f"past_key_values has {free} of {cache.max_length} slots free, but {padded} prompt columns (a multiple of "
+            f"the prefill chunk) and {max_new_tokens} new tokens need {needed}; make it larger, or lower prefill_chunk "
+            "or max_new_tokens."
         )
     return cache.max_length
 

@@ -1,0 +1,339 @@
+"""The command line: `python -m zamba2_jax generate …` and `python -m zamba2_jax info …`. Text goes to stdout, all else
+to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_EXAMPLES = """examples:
+  python -m zamba2_jax generate --model Zyphra/Zamba2-1.2B --prompt "The Roman Empire fell because"
+  python -m zamba2_jax generate --model ./zamba2-1.2b --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
+  echo "Once upon a time" | python -m zamba2_jax generate --model ./zamba2-1.2b --prompt-file - --stats
+  python -m zamba2_jax info --model ./zamba2-1.2b
+
+exit codes: 0 done; 2 it could not be done, with one line on stderr that says why.
+"""
+_DTYPES = ("bfloat16", "float32", "float16")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. `argv` is without the program's name; None takes `sys.argv`."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help, or an argument that cannot be read
+        return int(stop.code or 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = _read_prompt(options)
+    directory = _find(options)
+
+    from transformers import AutoTokenizer, TextStreamer
+
+    from zamba2_jax.models import Zamba2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer([prompt], return_tensors="np")
+    began = time.perf_counter()
+    model = Zamba2ForCausalLM.from_pretrained(directory, dtype=options.dtype)
+    if options.stats:
+        print(f"loaded in {time.perf_counter() - began:.2f} s: {_device()}, {model.dtype}", file=sys.stderr)
+
+    stream = not options.no_stream and options.num_beams == 1 and options.num_return_sequences == 1
+    text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    clock = _Clock(text) if stream else None
+    began = time.perf_counter()
+    sequences = model.generate(
+        inputs["input_ids"], inputs["attention_mask"], streamer=clock, seed=options.seed, **_generation_options(options)
+    )
+    seconds = time.perf_counter() - began
+    if not stream:
+        continuations = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print("\n---\n".join(continuations))
+    if options.stats:
+        _print_stats(inputs["input_ids"].shape[1], sequences, began, seconds, clock)
+
+
+class _Clock:
+    """Hands tokens on to a streamer and notes when they came."""
+
+    def __init__(self, streamer: Any):
+        self.streamer = streamer
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        if value.ndim == 1:  # the prompt comes first, with two dimensions
+            self.times.append(time.perf_counter())
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def _print_stats(prompt_length: int, sequences: Any, began: float, seconds: float, clock: _Clock | None) -> None:
+    rows, length = sequences.shape
+    new = length - prompt_length
+    print(
+        f"prompt {prompt_length} tokens, {rows} x {new} new tokens in {seconds:.2f} s, compilation included",
+        file=sys.stderr,
+    )
+    if clock is not None:
+        first, last = clock.times[0], clock.times[-1]
+        line = f"first token after {first - began:.2f} s, compilation included"
+        if last > first:
+            line += f"; then {(new - 1) / (last - first):.1f} tokens/s"
+        print(line, file=sys.stderr)
+
+
+def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `generate`. An option that was not given stays with the checkpoint's generation_config.json."""
+    names = (
+        "max_new_tokens",
+        "min_new_tokens",
+        *_SAMPLING,
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "length_penalty",
+        "num_return_sequences",
+        "eos_token_id",
+        "prefill_chunk",
+    )
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.early_stopping is not None:
+        given["early_stopping"] = _EARLY_STOPPING[options.early_stopping]
+    if options.do_sample or any(name in given for name in _SAMPLING):
+        given["do_sample"] = True
+    return given
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt is not None:
+        prompt, source = options.prompt, "--prompt"
+    elif options.prompt_file == "-":
+        prompt, source = sys.stdin.read(), "the prompt on standard input"
+    else:
+        path = Path(options.prompt_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"--prompt-file {path} does not exist; give a text file, or - for standard input.")
+        prompt, source = path.read_text(encoding="utf-8"), f"--prompt-file {path}"
+    if not prompt:
+        raise ValueError(f"{source} is empty; give some text to continue.")
+    return prompt
+
+
+def _find(options: argparse.Namespace) -> Path:
+    from zamba2_jax.checkpoint.files import find_checkpoint
+
+    return find_checkpoint(
+        options.model,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    import flax
+    import jax
+    import jax.numpy as jnp
+    import transformers
+
+    import zamba2_jax
+    from zamba2_jax.cache import init_cache
+    from zamba2_jax.checkpoint import open_parameters
+    from zamba2_jax.checkpoint.files import is_orbax
+
+    directory = _find(options)
+    parameters = open_parameters(directory)
+    config = parameters.config
+    dtype = jnp.dtype(options.dtype or config.dtype or parameters.common_dtype())
+
+    def cache_bytes(slots: int) -> tuple[int, int]:
+        cache = jax.eval_shape(lambda: init_cache(config, 1, slots, dtype))
+        return tuple(
+            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
+            for part in (cache.mamba, cache.attention)
+        )
+
+    state, key_values = cache_bytes(1024)
+    paths = list(parameters.paths())
+    stored = Counter(parameters.dtype(path).name for path in paths)
+    dtypes = ", ".join(f"{count} {name}" for name, count in stored.most_common())
+
+    _print_table(
+        "config",
+        {
+            field.name: _short(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if hasattr(config, field.name)
+        },
+    )
+    _print_table(
+        "sizes",
+        {
+            "parameters": f"{config.num_parameters():,}",
+            "parameters applied per token": f"{config.num_parameters_applied_per_token():,} (shared blocks per use)",
+            f"state per sequence, {dtype}": f"{_megabytes(state)} (SSM states in float32)",
+            f"keys and values per 1024 tokens, {dtype}": _megabytes(key_values),
+        },
+    )
+    _print_table(
+        "checkpoint",
+        {
+            "directory": directory,
+            "format": "Orbax (zamba2_jax)" if is_orbax(directory) else "Hugging Face",
+            "architecture": parameters.architecture,
+            "parameter arrays": f"{len(paths)} ({dtypes})",
+            "generation config": parameters.generation_config or "none",
+            "tokenizer": "yes" if any(directory.glob("tokenizer*")) else "no",
+        },
+    )
+    _print_table(
+        "machine",
+        {
+            "devices": _device(),
+            "zamba2_jax": zamba2_jax.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _device() -> str:
+    import jax
+
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _short(value: Any) -> str:
+    """A config value on one line; long sequences as runs, such as 5 x mamba, 1 x hybrid."""
+    if not isinstance(value, tuple) or len(value) < 2:
+        return str(value)
+    runs: list[list[Any]] = []
+    for item in value:
+        if runs and runs[-1][1] == item:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, item])
+    return ", ".join(f"{count} x {item}" if count > 1 else str(item) for count, item in runs)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _print_table(title: str, rows: dict[str, Any]) -> None:
+    width = max(map(len, rows))
+    print(f"{title}:")
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error of the program."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m zamba2_jax",
+        description="Zamba2 in JAX: continue a text, or show what is in a checkpoint.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continues a prompt and writes the new text to stdout as it comes.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    generate.set_defaults(run=_generate)
+    _add_model(generate)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file that holds it; - is standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default: 128)")
+    generate.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
+    generate.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")
+    generate.add_argument("--no-stream", action="store_true", help="write the text when it is complete")
+    generate.add_argument("--stats", action="store_true", help="times on stderr")
+    generate.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens per call (default: by length)")
+
+    sampling = generate.add_argument_group("sampling", "Any of these but --seed implies --do-sample; without: greedy.")
+    sampling.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="below 1 sharpens, above 1 flattens")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default: 50; 0: from all)")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up P")
+    sampling.add_argument("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best")
+    sampling.add_argument("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one)")
+
+    shaping = generate.add_argument_group("repetition")
+    shaping.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages tokens said before")
+    shaping.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="never say N tokens in a row twice")
+
+    beams = generate.add_argument_group("beam search")
+    beams.add_argument("--num-beams", type=int, default=1, metavar="K", help="beams (default: 1, no beam search)")
+    beams.add_argument("--length-penalty", type=float, metavar="X", help="above 0 favours long results (default: 1)")
+    beams.add_argument(
+        "--early-stopping", choices=tuple(_EARLY_STOPPING), help="stop at the first K results (default: false)"
+    )
+    beams.add_argument(
+        "--num-return-sequences",
+        type=int,
+        default=1,
+        metavar="N",
+        help="results, separated by a line of --- (default: 1)",
+    )
+
+    info = commands.add_parser(
+        "info",
+        help="show what is in a checkpoint",
+        description="Prints config, sizes, files and machine; reads no weights.",
+        epilog="example:\n  python -m zamba2_jax info --model Zyphra/Zamba2-2.7B",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.set_defaults(run=_info)
+    _add_model(info)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="a checkpoint's directory or hub id")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of computation (default: the checkpoint's)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where the hub's files are kept")
+    parser.add_argument("--local-files-only", action="store_true", help="do not ask the hub")
