@@ -47,7 +47,7 @@ def ssd(
 
     # Heads are (groups, heads of a group) throughout, so that a group's B and C serve its heads without being repeated.
     dt_chunks = jnp.moveaxis(split(dt.reshape(batch, length, groups, group_heads)), 2, -1)  # (c, b, g, e, q)
-    high, low = compensated_cumsum(dt_chunks * A.reshape(groups, group_heads, 1))
+    high, low = split_cumsum(dt_chunks * A.reshape(groups, group_heads, 1))
     segment = jnp.cumsum(split(resets).astype(jnp.int32), axis=-1)  # (c, b, q): resets so far in the chunk
     x_chunks = split(x.reshape(batch, length, groups, group_heads, headdim))
     B_chunks, C_chunks = split(B.astype(dtype)), split(C.astype(dtype))
@@ -102,27 +102,23 @@ def chunk_length(length: int, chunk_size: int) -> int:
 
 
 @jax.custom_jvp
-def compensated_cumsum(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The cumulative sum of float32 `a` over its last axis as high + low, two float32 arrays: accurate as if summed in
-    float64.
+def split_cumsum(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cumulative sum of float32 `a` over its last axis as high + low, two float32 arrays that hold it to 40 bits.
 
     A plain float32 sum that has reached -1000 has lost the digits that the decay between two neighbouring tokens is
-    made of.
+    made of. Here every term is split into a multiple of a unit, chosen as a power of two so coarse that the sum of the
+    multiples stays below 2^23 units and is exact, and a rest of at most half a unit, whose sum rounds below that.
     """
-
-    def add(left, right):
-        # Knuth's two-sum: high + low is exactly left + right, but for the rounding of the low parts.
-        high = left[0] + right[0]
-        share = high - left[0]
-        low = (left[0] - (high - share)) + (right[0] - share)
-        return high, low + (left[1] + right[1])
-
-    return jax.lax.associative_scan(add, (a, jnp.zeros_like(a)), axis=-1)
+    total = jnp.sum(jnp.abs(a), axis=-1, keepdims=True)
+    # With no bits of mantissa only the power of two is left; the maximum keeps a sum of zeros from dividing by zero.
+    unit = jax.lax.reduce_precision(jnp.maximum(total, 1e-20), exponent_bits=8, mantissa_bits=0) * 2.0**-22
+    multiple = jnp.round(a / unit)
+    return unit * jnp.cumsum(multiple, axis=-1), jnp.cumsum(a - unit * multiple, axis=-1)
 
 
-@compensated_cumsum.defjvp
-def _compensated_cumsum_jvp(primals, tangents):
-    # The derivative is a plain sum: the low part corrects rounding and has no slope of its own.
-    high, low = compensated_cumsum(*primals)
+@split_cumsum.defjvp
+def _split_cumsum_jvp(primals, tangents):
+    # The derivative is that of the sum: rounding to units has no slope of its own.
+    high, low = split_cumsum(*primals)
     tangent = jnp.cumsum(tangents[0], axis=-1)
     return (high, low), (tangent, jnp.zeros_like(tangent))

@@ -1,0 +1,450 @@
+"""The state-space recurrence: every implementation against the recurrence in float64, and against transformers'
+functions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.zamba2 import modeling_zamba2 as oracle
+
+from zamba2_jax.ops.ssd import chunked, ssd, ssd_step, time_step
+from zamba2_jax.ops.ssd.api import CPU_CHUNK_SIZE, IMPLEMENTATIONS
+
+# Float32 results are compared with float64 ones, relative to the largest entry. A sum of N products rounds to about
+# sqrt(N) 6e-8 (N is below 200 here), and each exponent carries one rounding of a number of size up to 10.
+TOLERANCE = 2e-6
+# Gradients pass through twice as many operations, and those of A and dt are differences of large sums.
+GRADIENT_TOLERANCE = 1e-5
+
+CHUNK = 8
+NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return request.param
+
+
+def inputs(length, *, batch=2, groups=1, group_heads=3, headdim=5, state=7, seed=0):
+    """Random arguments as a dictionary; all sizes differ, so that no two axes can be exchanged unnoticed."""
+    random = np.random.default_rng(seed)
+    heads = groups * group_heads
+
+    def normal(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    return {
+        "x": normal(batch, length, heads, headdim),
+        "dt": np.log1p(np.exp(normal(batch, length, heads))),
+        "A": -np.exp(normal(heads)),
+        "B": normal(batch, length, groups, state),
+        "C": normal(batch, length, groups, state),
+        "D": normal(heads),
+        "initial_state": normal(batch, heads, headdim, state),
+    }
+
+
+def recurrence(x, dt, A, B, C, D, initial_state, segment_ids=None):
+    """The definition, in torch and float64, one token at a time; differentiable."""
+    heads = x.shape[2]
+    B, C = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (B, C))
+    state, outputs = initial_state, []
+    for t in range(x.shape[1]):
+        if segment_ids is not None and t > 0:
+            state = state * torch.tensor(segment_ids[:, t] == segment_ids[:, t - 1])[:, None, None, None]
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        state = decay * state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + D[:, None] * x[:, t])
+    return torch.stack(outputs, dim=1), state
+
+
+def expected(arguments, segment_ids=None):
+    tensors = {name: torch.tensor(array, dtype=torch.float64) for name, array in arguments.items()}
+    y, state = recurrence(**tensors, segment_ids=segment_ids)
+    return y.numpy(), state.numpy()
+
+
+def assert_near(actual, wanted, tolerance=TOLERANCE):
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    assert actual.shape == wanted.shape
+    error = np.abs(actual - wanted).max() / np.abs(wanted).max()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def part(arguments, start, stop):
+    return {name: array[:, start:stop] if name in ("x", "dt", "B", "C") else array for name, array in arguments.items()}
+
+
+class TestValues:
+    @pytest.mark.parametrize("length", [1, 2, 7, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+    def test_lengths(self, implementation, length):
+        arguments = inputs(length, seed=length)
+        y, state = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        wanted_y, wanted_state = expected(arguments)
+        assert y.dtype == state.dtype == jnp.float32
+        assert_near(y, wanted_y)
+        assert_near(state, wanted_state)
+
+    @pytest.mark.parametrize("groups", [2, 3])
+    def test_groups(self, implementation, groups):
+        arguments = inputs(13, groups=groups, group_heads=2)
+        y, state = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        wanted_y, wanted_state = expected(arguments)
+        assert_near(y, wanted_y)
+        assert_near(state, wanted_state)
+
+    def test_without_skip_and_state(self, implementation):
+        arguments = inputs(13)
+        arguments["D"][:] = 0
+        arguments["initial_state"][:] = 0
+        wanted_y, wanted_state = expected(arguments)
+        given = {name: arguments[name] for name in ("x", "dt", "A", "B", "C")}
+        y, state = ssd(**given, chunk_size=CHUNK, implementation=implementation)
+        assert_near(y, wanted_y)
+        assert_near(state, wanted_state)
+
+    def test_default_is_chunked(self):
+        arguments = inputs(13)
+        for default, named in zip(ssd(**arguments), ssd(**arguments, implementation="chunked"), strict=True):
+            np.testing.assert_array_equal(default, named)
+
+    def test_steps_equal_sequence(self, implementation):
+        """The recurrent step and a call of one token are the same thing."""
+        arguments = inputs(1)
+        y, state = ssd(**arguments, implementation=implementation)
+        one = {name: array[:, 0] if name in ("x", "dt", "B", "C") else array for name, array in arguments.items()}
+        step_y, step_state = ssd_step(one.pop("initial_state"), **one)
+        assert_near(step_y, y[:, 0], 1e-6)
+        assert_near(step_state, state, 1e-6)
+
+
+class TestHandOver:
+    @pytest.mark.parametrize("cut", [1, CHUNK, CHUNK + 3])
+    def test_split_equals_whole(self, implementation, cut):
+        arguments = inputs(2 * CHUNK + 3)
+        y, state = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        first_y, middle = ssd(**part(arguments, 0, cut), chunk_size=CHUNK, implementation=implementation)
+        rest = part(arguments, cut, None) | {"initial_state": middle}
+        second_y, last = ssd(**rest, chunk_size=CHUNK, implementation=implementation)
+        assert_near(np.concatenate([first_y, second_y], axis=1), y)
+        assert_near(last, state)
+
+    @pytest.mark.parametrize("padding", [(3, 0), (5, 9)])
+    def test_zero_time_step_is_padding(self, implementation, padding):
+        """Padded on either side with arbitrary x, B and C: the same outputs and exactly the same state are left."""
+        before, after = padding
+        arguments = inputs(before + 11 + after)
+        arguments["dt"][:, :before] = 0
+        arguments["dt"][:, before + 11 :] = 0
+        y, state = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        wanted_y, wanted_state = expected(part(arguments, before, before + 11))
+        assert_near(y[:, before : before + 11], wanted_y)
+        assert_near(state, wanted_state)
+
+    def test_all_padding_keeps_the_state_bit_for_bit(self, implementation):
+        arguments = inputs(CHUNK + 3)
+        arguments["dt"][:] = 0
+        _, state = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        np.testing.assert_array_equal(state, arguments["initial_state"])
+
+
+# Changes within a chunk, on a chunk's border (8, 16), several in one chunk, an id that comes back, and a segment of one
+# token.
+SEGMENT_IDS = np.array(
+    [
+        [4] * 5 + [2] * 3 + [4] * 8 + [5] * 1 + [6] * 2 + [7] * 4,
+        [0] * 19 + [1] * 1 + [3] * 3,
+    ],
+    np.int32,
+)
+
+
+class TestSegments:
+    def test_values(self, implementation):
+        arguments = inputs(SEGMENT_IDS.shape[1])
+        y, state = ssd(**arguments, segment_ids=SEGMENT_IDS, chunk_size=CHUNK, implementation=implementation)
+        wanted_y, wanted_state = expected(arguments, SEGMENT_IDS)
+        assert_near(y, wanted_y)
+        assert_near(state, wanted_state)
+
+    def test_packed_equals_separate(self, implementation):
+        """What belongs to other segments is multiplied by zero, not by something small: huge values are not felt."""
+        ids = SEGMENT_IDS[:1]
+        arguments = inputs(ids.shape[1], batch=1)
+        edges = np.flatnonzero(np.diff(ids[0])) + 1
+        bounds = list(itertools.pairwise([0, *edges, ids.shape[1]]))
+        for start, stop in bounds:
+            loud = {name: array.copy() for name, array in arguments.items()}
+            outside = np.ones(ids.shape[1], bool)
+            outside[start:stop] = False
+            loud["x"][:, outside] *= 1e6
+            if start > 0:
+                loud["initial_state"] *= 1e6
+            y, state = ssd(**loud, segment_ids=ids, chunk_size=CHUNK, implementation=implementation)
+            alone = part(arguments, start, stop)
+            if start > 0:
+                alone["initial_state"] = np.zeros_like(alone["initial_state"])
+            wanted_y, wanted_state = expected(alone)
+            assert_near(y[:, start:stop], wanted_y)
+        assert_near(state, wanted_state)
+
+    def test_one_segment_is_none(self, implementation):
+        arguments = inputs(13)
+        ids = np.full((2, 13), 9, np.int32)
+        wanted = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        for with_ids, without in zip(
+            ssd(**arguments, segment_ids=ids, chunk_size=CHUNK, implementation=implementation), wanted, strict=True
+        ):
+            np.testing.assert_array_equal(with_ids, without)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("case", ["plain", "groups", "segments"])
+    def test_every_input(self, implementation, case):
+        segment_ids = SEGMENT_IDS if case == "segments" else None
+        arguments = inputs(SEGMENT_IDS.shape[1], groups=2 if case == "groups" else 1)
+        random = np.random.default_rng(1)
+        weight_y = random.standard_normal(arguments["x"].shape)
+        weight_state = random.standard_normal(arguments["initial_state"].shape)
+
+        tensors = {name: torch.tensor(a, dtype=torch.float64, requires_grad=True) for name, a in arguments.items()}
+        y, state = recurrence(**tensors, segment_ids=segment_ids)
+        ((y * torch.tensor(weight_y)).sum() + (state * torch.tensor(weight_state)).sum()).backward()
+
+        @jax.jit
+        @jax.grad
+        def gradients(arguments):
+            y, state = ssd(**arguments, segment_ids=segment_ids, chunk_size=CHUNK, implementation=implementation)
+            return jnp.sum(y * weight_y.astype(np.float32)) + jnp.sum(state * weight_state.astype(np.float32))
+
+        actual = gradients(arguments)
+        assert set(actual) == set(NAMES)
+        for name in NAMES:
+            assert_near(actual[name], tensors[name].grad, GRADIENT_TOLERANCE)
+
+    def test_strong_decay_gives_no_nan(self):
+        """exp(6 * 40) overflows: what a query may not see is hidden before exp, in the gradient as well."""
+        arguments = inputs(40)
+        arguments["dt"][:] = 6.0
+        arguments["A"][:] = -1.0
+        resets = np.zeros((2, 40), bool)
+
+        # Called past the public function, which makes chunks shorter on a CPU.
+        @jax.jit
+        @jax.grad
+        def gradients(arguments):
+            return jnp.sum(chunked.ssd(**arguments, resets=resets, chunk_size=40)[0])
+
+        for name, gradient in gradients(arguments).items():
+            assert np.isfinite(gradient).all(), name
+
+    def test_backward_keeps_no_square_matrices(self):
+        """No residual is a stack of (q, q) matrices, by chunk or by head."""
+        length, q = 4 * CHUNK, CHUNK
+        arguments = inputs(length, headdim=2, state=3)
+        _, backward = jax.vjp(lambda x: ssd(**(arguments | {"x": x}), chunk_size=q)[0], arguments["x"])
+        shapes = [leaf.shape for leaf in jax.tree.leaves(backward)]
+        assert shapes
+        assert not any(len(shape) > 2 and shape[-2:] == (q, q) for shape in shapes)
+
+
+class TestAccuracy:
+    @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+    def test_cumulative_sum(self, scale):
+        """Plain float32 is off by 1e-8 of the whole sum and more; the pair keeps 40 bits of it (2^-40 is 1e-12)."""
+        random = np.random.default_rng(0)
+        values = (-scale * random.uniform(0, 6, (3, 256))).astype(np.float32)
+        values[1] *= np.linspace(1, 0, 256, dtype=np.float32) ** 8
+        values[2] = 0
+        high, low = jax.jit(chunked.split_cumsum)(values)
+        wanted = np.cumsum(values.astype(np.float64), axis=-1)
+        total = np.abs(wanted).max(axis=-1)
+        assert (np.abs(np.float64(high) + np.float64(low) - wanted).max(axis=-1) <= 1e-12 * total).all()
+        assert np.abs(np.cumsum(values[0], dtype=np.float32) - wanted[0]).max() > 1e-8 * total[0]
+
+    def test_slow_decay_after_a_fast_one(self):
+        """Sums reach -750 before the tokens that matter; differences of a plain float32 sum would be off by 3e-5."""
+        arguments = inputs(256, batch=1)
+        arguments["A"][:] = -1.0
+        arguments["dt"][:, :128] = np.random.default_rng(0).uniform(5.7, 6, arguments["dt"][:, :128].shape)
+        arguments["dt"][:, 128:] *= 0.01
+        resets = np.zeros((1, 256), bool)
+        # Called past the public function, which makes chunks shorter on a CPU.
+        y, state = jax.jit(chunked.ssd, static_argnames="chunk_size")(**arguments, resets=resets, chunk_size=256)
+        wanted_y, wanted_state = expected(arguments)
+        assert_near(y[:, 128:], wanted_y[:, 128:], 1e-6)
+        assert_near(state, wanted_state, 1e-6)
+
+    def test_bfloat16(self, implementation):
+        """The same bfloat16 inputs in float64 give the truth.
+
+        Four roundings lie between inputs and outputs of the chunked form (weights, carried state, inflow, result), each
+        of at most 2^-9 of a term: their sum bounds the error relative to the norm. The others round only the result.
+        """
+        arguments = inputs(3 * CHUNK + 5, groups=2)
+        low = {name: jnp.asarray(arguments[name], jnp.bfloat16) for name in ("x", "B", "C")}
+        wanted_y, wanted_state = expected(arguments | {name: np.float32(array) for name, array in low.items()})
+        y, state = ssd(**(arguments | low), chunk_size=CHUNK, implementation=implementation)
+        assert y.dtype == jnp.bfloat16
+        assert state.dtype == jnp.float32
+        roundings = 4 if implementation == "chunked" else 1
+        error = np.linalg.norm(np.float64(y) - wanted_y) / np.linalg.norm(wanted_y)
+        assert error < roundings * 2.0**-9
+        # The state takes one rounding, of the inflow.
+        assert np.linalg.norm(state - wanted_state) / np.linalg.norm(wanted_state) < 2.0**-9
+
+
+class TestChunkLength:
+    @pytest.mark.parametrize(
+        ("length", "chunk_size", "wanted"),
+        [
+            (5, 256, 5),
+            (256, 256, 256),
+            (257, 256, 136),
+            (300, 256, 152),
+            (9, 8, 8),
+            (512, 256, 256),
+            (7, 1, 1),
+            (13, 5, 5),
+        ],
+    )
+    def test_even_chunks(self, length, chunk_size, wanted):
+        assert chunked.chunk_length(length, chunk_size) == wanted
+
+    def test_result_does_not_depend_on_it(self):
+        arguments = inputs(CPU_CHUNK_SIZE + 9)
+        wanted_y, wanted_state = expected(arguments)
+        for chunk_size in (5, 10_000):
+            y, state = ssd(**arguments, chunk_size=chunk_size)
+            assert_near(y, wanted_y)
+            assert_near(state, wanted_state)
+
+    def test_short_call_does_short_work(self):
+        """Five tokens cost a fraction of what a chunk of 256 costs, as the compiler counts operations."""
+
+        def flops(length):
+            return ssd.lower(**inputs(length), chunk_size=256).compile().cost_analysis()["flops"]
+
+        assert flops(5) < flops(32) / 4
+
+
+class TestOracle:
+    """transformers' PyTorch functions on the same random inputs, float32 on both sides."""
+
+    @pytest.mark.parametrize("length", [5, 29])
+    def test_sequence(self, implementation, length):
+        arguments = inputs(length, groups=3, group_heads=2)
+        tensors = {name: torch.tensor(array) for name, array in arguments.items()}
+        y, state = oracle.mamba2_chunk_scan(
+            *(tensors[name] for name in ("x", "dt", "A", "B", "C")),
+            chunk_size=CHUNK,
+            D=tensors["D"],
+            initial_states=tensors["initial_state"],
+            return_final_states=True,
+        )
+        ours_y, ours_state = ssd(**arguments, chunk_size=CHUNK, implementation=implementation)
+        assert_near(ours_y, y)
+        assert_near(ours_state, state)
+
+    def test_step(self):
+        arguments = inputs(1, groups=3, group_heads=2)
+        one = {name: array[:, 0] if name in ("x", "dt", "B", "C") else array for name, array in arguments.items()}
+        tensors = {name: torch.tensor(array) for name, array in one.items()}
+        state = tensors["initial_state"].clone()
+        # The oracle wants dt, A and D spread over the head dim and, for A, the state.
+        headdim, size = state.shape[-2:]
+        y = oracle.mamba2_selective_state_update(
+            state,
+            tensors["x"],
+            tensors["dt"][..., None].expand(-1, -1, headdim),
+            tensors["A"][:, None, None].expand(-1, headdim, size),
+            tensors["B"],
+            tensors["C"],
+            tensors["D"][:, None].expand(-1, headdim),
+        )
+        ours_y, ours_state = ssd_step(one.pop("initial_state"), **one)
+        assert_near(ours_y, y)
+        assert_near(ours_state, state)
+
+
+class TestTimeStep:
+    def test_softplus(self):
+        """Values worked out in float64: small ones where softplus is exp, large ones where it is the identity."""
+        dt = np.array([[[-20.0, 0.0], [3.0, 50.0]]], np.float32)
+        bias = np.array([0.5, -1.0], np.float32)
+        wanted = np.log1p(np.exp(np.float64(dt) + bias))
+        np.testing.assert_allclose(time_step(dt, bias), wanted, rtol=1e-6)
+
+    def test_bfloat16_is_raised_before_the_sum(self):
+        dt, bias = jnp.full((1, 1, 1), 1.0, jnp.bfloat16), jnp.full((1,), 2.0**-10)
+        step = time_step(dt, bias)
+        assert step.dtype == jnp.float32
+        np.testing.assert_allclose(step, np.log1p(np.exp(1 + 2.0**-10)), rtol=1e-6)
+
+    def test_limit_and_mask(self):
+        dt = np.array([[[-20.0], [0.0], [50.0], [0.0]]], np.float32)
+        mask = np.array([[True, True, True, False]])
+        step = time_step(dt, np.zeros(1, np.float32), limit=(0.01, 30.0), mask=mask)
+        np.testing.assert_allclose(step[0, :, 0], [0.01, np.log(2), 30.0, 0.0], rtol=1e-6)
+
+    @pytest.mark.parametrize("limit", [(1.0, 0.5), (-1.0, 1.0), (1.0,)])
+    def test_bad_limit(self, limit):
+        with pytest.raises(ValueError, match=r"limit is .*low, high.* with 0 <= low <= high"):
+            time_step(np.zeros((1, 1, 2), np.float32), np.zeros(2, np.float32), limit=limit)
+
+    def test_bad_bias_and_mask(self):
+        dt = np.zeros((3, 5, 2), np.float32)
+        with pytest.raises(ValueError, match=r"dt_bias has shape \(3,\); it must be \(h,\) = \(2,\)"):
+            time_step(dt, np.zeros(3, np.float32))
+        with pytest.raises(ValueError, match=r"mask has shape \(3, 5, 2\); it must be .* = \(3, 5\)"):
+            time_step(dt, np.zeros(2, np.float32), mask=np.ones((3, 5, 2), bool))
+        with pytest.raises(ValueError, match="mask has dtype int32; it must be bool"):
+            time_step(dt, np.zeros(2, np.float32), mask=np.ones((3, 5), np.int32))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"implementation": "fast"}, "implementation is 'fast'; it must be None or one of 'reference', 'scan', "),
+            ({"chunk_size": 0}, "chunk_size is 0; it must be an integer of at least 1"),
+            ({"chunk_size": 8.0}, "chunk_size is 8.0; it must be an integer"),
+            ({"x": np.zeros((2, 13, 3), np.float32)}, r"x has shape \(2, 13, 3\); it must have 4 axes, \(b, l, h, p\)"),
+            ({"x": np.zeros((2, 0, 3, 5), np.float32)}, "a sequence of length 0; it must hold at least one token"),
+            ({"x": np.zeros((2, 13, 3, 5), np.int32)}, "x has dtype int32; it must be a floating-point type"),
+            ({"dt": np.zeros((2, 13, 5), np.float32)}, r"dt has shape \(2, 13, 5\); .* \(b, l, h\) = \(2, 13, 3\)"),
+            ({"A": np.zeros(4, np.float32)}, r"A has shape \(4,\); it must be \(h,\) = \(3,\)"),
+            ({"D": np.zeros(4, np.float32)}, r"D has shape \(4,\); it must be \(h,\) = \(3,\)"),
+            ({"D": np.zeros(3, np.int32)}, "D has dtype int32"),
+            ({"B": np.zeros((2, 13, 7), np.float32)}, r"B has shape \(2, 13, 7\); it must have 4 axes"),
+            ({"B": np.zeros((2, 12, 1, 7), np.float32)}, r"B has shape \(2, 12, 1, 7\); .* = \(2, 13, 1, 7\)"),
+            ({"B": np.zeros((2, 13, 2, 7), np.float32)}, "B has 2 groups and x has 3 heads; heads must be a multiple"),
+            ({"C": np.zeros((2, 13, 1, 6), np.float32)}, r"C has shape \(2, 13, 1, 6\); it must be the shape of B"),
+            ({"initial_state": np.zeros((2, 3, 7, 5), np.float32)}, r"initial_state has shape .* = \(2, 3, 5, 7\)"),
+            ({"segment_ids": np.zeros((2, 12), np.int32)}, r"segment_ids has shape \(2, 12\); .* = \(2, 13\)"),
+            ({"segment_ids": np.zeros((2, 13), np.float32)}, "segment_ids has dtype float32; it must be an integer"),
+        ],
+    )
+    def test_sequence(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            ssd(**(inputs(13) | changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"state": np.zeros((2, 3, 7, 5), np.float32)}, r"state has shape .* = \(2, 3, 5, 7\)"),
+            ({"x": np.zeros((2, 1, 3, 5), np.float32)}, r"x has shape .*; it must have 3 axes, \(b, h, p\)"),
+            ({"dt": np.zeros((2, 1), np.float32)}, r"dt has shape \(2, 1\); it must be \(b, h\) = \(2, 3\)"),
+            ({"B": np.zeros((1, 1, 7), np.float32)}, r"B has shape \(1, 1, 7\); .* = \(2, 1, 7\)"),
+            ({"C": np.zeros((2, 1, 8), np.float32)}, "C has shape .*; it must be the shape of B"),
+        ],
+    )
+    def test_step(self, changes, message):
+        arguments = inputs(1)
+        one = {name: array[:, 0] if name in ("x", "dt", "B", "C") else array for name, array in arguments.items()}
+        one["state"] = one.pop("initial_state")
+        with pytest.raises(ValueError, match=message):
+            ssd_step(**(one | changes))
