@@ -31,11 +31,8 @@ def expect(warper, scores, tokens=None):
     return warper(torch.from_numpy(tokens).long(), torch.from_numpy(scores)).numpy()
 
 
-@pytest.mark.parametrize("k", [1, 5, 64, 97])
-@pytest.mark.parametrize("bound", [64, VOCAB])
+@pytest.mark.parametrize(("k", "bound"), [(1, 64), (5, 64), (64, 64), (5, VOCAB), (97, VOCAB)])
 def test_top_k(scores, k, bound):
-    if k > bound:
-        pytest.skip("a larger bound serves this k")
     ours = processors.top_k(jnp.asarray(scores), jnp.int32(k), bound=bound)
     np.testing.assert_array_equal(ours, expect(reference.TopKLogitsWarper(k), scores))
 
@@ -120,7 +117,7 @@ def test_a_row_draws_the_same_in_any_batch():
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.7, "top_k": 8}, {"temperature": 1.5, "top_k": 0, "top_p": 0.7}, {"top_k": 30, "min_p": 0.15}],
+    [{"temperature": 0.7, "top_k": 30, "min_p": 0.05}, {"temperature": 1.5, "top_k": 0, "top_p": 0.7}],
     ids=str,
 )
 def test_generate_samples_from_what_transformers_would(models, options):
@@ -160,7 +157,7 @@ def test_beam_sampling_at_a_low_temperature_is_beam_search(models):
     ids = np.array([[5, 17, 40, 80]])
     options = {"max_new_tokens": 8, "num_beams": 3, "eos_token_id": None, "pad_token_id": 0}
     expected = models.jax.generate(ids, **options)
-    drawn = models.jax.generate(ids, do_sample=True, temperature=1e-4, seed=0, **options)
+    drawn = models.jax.generate(ids, do_sample=True, temperature=1e-4, top_k=0, seed=0, **options)
     np.testing.assert_array_equal(drawn, expected)
     warm = {"do_sample": True, "temperature": 2.0, "top_k": 0}
     one, same, other = (models.jax.generate(ids, seed=seed, **warm, **options) for seed in (1, 1, 2))

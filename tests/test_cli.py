@@ -1,0 +1,154 @@
+"""`python -m zamba2_jax`, in process: what goes to stdout, what to stderr, and the exit code."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.oracle import layer_types, pair
+from zamba2_jax.cli import main
+
+PROMPT = "w5 w6 w7"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(oracle_dir):
+    """A small model with a tokenizer of a word per token beside it: "w5" is 5."""
+    models = pair(
+        oracle_dir, "1.2B", num_hidden_layers=3, layers_block_type=layer_types(3, (1,)), max_position_embeddings=4096
+    )
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 131)}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(models.path)
+    return models
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+
+    def text(**options):
+        output = checkpoint.jax.generate(np.array([[5, 6, 7]]), max_new_tokens=8, **options)
+        return tokenizer.batch_decode(output[:, 3:], skip_special_tokens=True)
+
+    return text
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def generate(capsys, checkpoint, *arguments):
+    return run(capsys, "generate", "--model", checkpoint.path, "--max-new-tokens", 8, *arguments)
+
+
+def test_generate_writes_the_new_text_only(capsys, checkpoint, expected):
+    code, out, err = generate(capsys, checkpoint, "--prompt", PROMPT)
+    assert (code, err) == (0, "")
+    assert out == expected()[0] + "\n"
+    assert generate(capsys, checkpoint, "--prompt", PROMPT, "--no-stream") == (0, out, "")
+
+
+def test_prompts_from_files_and_standard_input(capsys, checkpoint, expected, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    _, out, _ = generate(capsys, checkpoint, "--prompt-file", tmp_path / "prompt.txt")
+    assert out == expected()[0] + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert generate(capsys, checkpoint, "--prompt-file", "-")[1] == out
+
+
+def test_sampling_options_imply_sampling(capsys, checkpoint, expected):
+    arguments = ("--prompt", PROMPT, "--temperature", 2, "--seed", 4)
+    _, out, _ = generate(capsys, checkpoint, *arguments)
+    assert out == expected(do_sample=True, temperature=2.0, seed=4)[0] + "\n"
+    assert out != expected()[0] + "\n"
+
+
+def test_beams_and_several_results(capsys, checkpoint, expected):
+    code, out, err = generate(
+        capsys,
+        checkpoint,
+        *("--prompt", PROMPT, "--num-beams", 3, "--num-return-sequences", 2),
+        *("--early-stopping", "never", "--length-penalty", 0.5),
+    )
+    assert (code, err) == (0, "")
+    options = {"num_beams": 3, "num_return_sequences": 2, "early_stopping": "never", "length_penalty": 0.5}
+    assert out == "\n---\n".join(expected(**options)) + "\n"
+
+
+def test_stats_go_to_stderr(capsys, checkpoint, expected):
+    code, out, err = generate(capsys, checkpoint, "--prompt", PROMPT, "--stats")
+    assert (code, out) == (0, expected()[0] + "\n")
+    assert "loaded in" in err
+    assert "prompt 3 tokens, 1 x 8 new tokens" in err
+    assert "tokens/s" in err
+
+
+def test_info(capsys, checkpoint):
+    code, out, err = run(capsys, "info", "--model", checkpoint.path)
+    config = checkpoint.jax.config
+    assert (code, err) == (0, "")
+    for expected in (
+        "mamba, hybrid, mamba",
+        f"{config.num_parameters():,}",
+        f"{config.num_parameters_applied_per_token():,}",
+        "Hugging Face",
+        "Zamba2ForCausalLM",
+        "float32",
+        "eos_token_id",
+        "jax",
+    ):
+        assert expected in out
+    # One hybrid layer: keys and values of 1024 slots, 64 wide, float32.
+    assert "0.5 MB" in out
+
+
+def test_info_takes_another_dtype(capsys, checkpoint):
+    _, out, _ = run(capsys, "info", "--model", checkpoint.path, "--dtype", "bfloat16")
+    assert "keys and values per 1024 tokens, bfloat16" in out
+
+
+@pytest.mark.parametrize("command", [["--help"], ["generate", "--help"], ["info", "--help"]], ids=str)
+def test_help_has_an_example(capsys, command):
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert "--model Zyphra/Zamba2" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "error: the following arguments are required: --model"),
+        (["generate", "--model", "m", "--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
+        (["generate", "--model", "./nowhere", "--prompt", "a"], "error: There is no directory ./nowhere"),
+        (["generate", "--model", "CHECKPOINT", "--prompt", ""], "error: --prompt is empty; give some text"),
+        (["generate", "--model", "CHECKPOINT", "--prompt-file", "none.txt"], "--prompt-file none.txt does not exist"),
+        (
+            ["generate", "--model", "CHECKPOINT", "--prompt", "w5", "--max-new-tokens", "0"],
+            "error: max_new_tokens must be",
+        ),
+        (["generate", "--model", "CHECKPOINT", "--prompt", "w5", "--top-p", "2"], "error: top_p must be above 0"),
+        (["info", "--model", "EMPTY"], "config.json"),
+        (["sing"], "invalid choice: 'sing'"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line_and_code_2(capsys, checkpoint, tmp_path, arguments, message):
+    places = {"CHECKPOINT": str(checkpoint.path), "EMPTY": str(tmp_path)}
+    code, out, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "zamba2_jax", "--help"], capture_output=True, text=True, check=True)
+    assert "generate" in done.stdout
