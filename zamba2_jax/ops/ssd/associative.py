@@ -19,7 +19,7 @@ def ssd(
     initial_state: jax.Array,
     resets: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Shapes as in `api.ssd`. `resets` (b,l) is True at tokens before which the state is zeroed. Computes in float32."""
+    """Shapes as in `api.ssd`. `resets` (b,l) is True at tokens before which the state is zeroed. In float32."""
     batch, length, _, headdim = x.shape
     groups, state_size = B.shape[2:]
     values, B, C = (array.astype(jnp.float32) for array in (x, B, C))
@@ -34,7 +34,7 @@ def ssd(
         return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 
     _, states = jax.lax.associative_scan(compose, (decay, inflow), axis=1)
-    y = jnp.sum(states * C[:, :, :, None, None, :], axis=-1).reshape(x.shape)
+    y = jnp.einsum("blgepn,blgn->blgep", states, C, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)
     if D is not None:
         y = y + D[:, None] * values
     return y.astype(x.dtype), states[:, -1].reshape(initial_state.shape)

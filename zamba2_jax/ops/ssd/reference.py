@@ -20,7 +20,8 @@ def update(
     decay = jnp.exp(dt * A).reshape(batch, groups, -1, 1, 1)
     inflow = (dt[..., None] * x).reshape(batch, groups, -1, headdim, 1) * B[:, :, None, None, :]
     state = decay * state.reshape(batch, groups, -1, headdim, state_size) + inflow
-    y = jnp.sum(state * C[:, :, None, None, :], axis=-1).reshape(batch, heads, headdim)
+    # A product in full float32 wherever it runs: by default a TPU or GPU would round its operands.
+    y = jnp.einsum("bgepn,bgn->bgep", state, C, precision=jax.lax.Precision.HIGHEST).reshape(batch, heads, headdim)
     if D is not None:
         y = y + D[:, None] * x
     return y, state.reshape(batch, heads, headdim, state_size)
