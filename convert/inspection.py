@@ -38,7 +38,7 @@ def inspect(directory: Path) -> int:
 
     used = {info.file for info in files.tensors.values()}
     print(f"\n{account.architecture}, {len(files.tensors)} tensors in {len(used)} file{'s' if len(used) != 1 else ''}")
-    _print_counts(account.tensors, Counter(info.dtype_name for info in files.tensors.values()))
+    _print_counts(account.config, account.tensors, Counter(info.dtype_name for info in files.tensors.values()))
     if account.copies:
         print(
             f"{len(account.copies)} tensors repeat others; inspect does not read them, loading checks that they "
@@ -62,15 +62,14 @@ def _inspect_orbax(directory: Path) -> int:
     _print_rows(rows)
     print(f"\n{parameters.architecture}, {len(rows)} arrays")
     tensors = table(parameters.config, parameters.architecture)
-    _print_counts(tensors, Counter(dtype for _, _, dtype, _ in rows))
+    _print_counts(parameters.config, tensors, Counter(dtype for _, _, dtype, _ in rows))
     return _print_faults([])
 
 
-def _print_counts(tensors: list[Tensor], dtypes: Counter) -> None:
-    stored = [tensor for tensor in tensors if not tensor.stands_for_zero]
-    once = sum(tensor.size for tensor in stored)
-    applied = sum(tensor.size * max(1, len(tensor.layers)) for tensor in stored)
-    print(f"parameters: {once:,} stored, {applied:,} applied to a token (shared blocks counted at each use)")
+def _print_counts(config: Zamba2Config, tensors: list[Tensor], dtypes: Counter) -> None:
+    stored = sum(tensor.size for tensor in tensors if not tensor.stands_for_zero)
+    applied = config.num_parameters_applied_per_token()
+    print(f"parameters: {stored:,} stored, {applied:,} applied to a token (shared blocks counted at each use)")
     print("dtypes: " + ", ".join(f"{dtype} {count}" for dtype, count in dtypes.most_common()))
 
 

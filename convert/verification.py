@@ -5,8 +5,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import zamba2_jax
 from zamba2_jax.checkpoint import load_pretrained, open_parameters
@@ -111,12 +113,12 @@ def _verify_outputs(
 ) -> bool:
     theirs = _run_torch(hugging_face, architecture, prompt_ids)
     model = load_pretrained(getattr(zamba2_jax, architecture), other, dtype=jnp.float32, progress=progress)
-    output = (model if architecture == "Zamba2Model" else model.model)(
-        np.asarray([prompt_ids]), output_hidden_states=True
-    )
-    ours = {f"hidden state {index}": np.asarray(state) for index, state in enumerate(output.hidden_states)}
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids, output_hidden_states=True))
+    output = run(state, jnp.asarray([prompt_ids]))
+    ours = {f"hidden state {index}": np.asarray(value) for index, value in enumerate(output.hidden_states)}
     if architecture != "Zamba2Model":
-        ours["logits"] = np.asarray(model(np.asarray([prompt_ids])).logits)
+        ours["logits"] = np.asarray(output.logits)
     names = list(ours) if layers else [list(ours)[-1]]
 
     print(f"outputs: PyTorch on {hugging_face}, zamba2_jax on {other}, float32, {len(prompt_ids)} tokens")

@@ -83,7 +83,7 @@ def settle_accounts(config: Zamba2Config, architecture: str, files: TensorFiles)
     account.tensors = table(account.config, architecture)
 
     by_name = {name: tensor for tensor in account.tensors for name in (tensor.name, *tensor.copies)}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for name, file_name in names.items():
         tensor = by_name.get(name)
         if tensor is None:
@@ -99,11 +99,12 @@ def settle_accounts(config: Zamba2Config, architecture: str, files: TensorFiles)
             account.faults.append(
                 f"{file_name}: has shape {info.shape} in {info.file}, but the config asks for {tensor.shape}."
             )
-        found.setdefault(tensor.name, []).append(file_name)
+        found.setdefault(tensor.name, {})[name] = file_name
 
     lost = _canonical_names(architecture, files.lost)
     for tensor in account.tensors:
-        places = found.get(tensor.name)
+        here = found.get(tensor.name, {})
+        places = [here[name] for name in (tensor.name, *tensor.copies) if name in here]
         if places:
             account.source[tensor.name] = places[0]
             account.copies += [(places[0], copy) for copy in places[1:]]

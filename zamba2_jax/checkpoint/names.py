@@ -274,6 +274,27 @@ def _shared_block(
     yield scope.vector("pre_ff_layernorm.weight", ("pre_ff_layernorm", "scale"), d)
 
 
+def written_names(tensors: list[Tensor], config: Zamba2Config) -> list[tuple[str, Tensor]]:
+    """The names that a file for transformers holds, in the order of PyTorch's state dict, each with its tensor.
+
+    transformers stores a shared block once, but (up to 5.23 at least) stops sharing anything when `tie_word_embeddings`
+    is false: such a model would take its repeated blocks from random numbers if they were not in the file. They are
+    then written under every layer.
+    """
+    names = [(tensor.name, tensor) for tensor in tensors]
+    if not config.tie_word_embeddings:
+        names += [(copy, tensor) for tensor in tensors for copy in tensor.copies]
+        names.sort(key=lambda item: _state_dict_position(item[0]))  # stable: within a layer the order stays
+    return names
+
+
+def _state_dict_position(name: str) -> float:
+    match = re.search(r"\blayers\.(\d+)\.", name)
+    if match:
+        return int(match[1])
+    return -1 if name.endswith(EMBEDDING) else math.inf
+
+
 def is_rotary_buffer(name: str) -> bool:
     """Whether `name` is a table of rotary frequencies, which the config determines."""
     return _ROTARY.fullmatch(name) is not None

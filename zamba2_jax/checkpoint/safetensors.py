@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
+Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,15 @@ def _reader(
     return read_rows
 
 
+def file_order(tensors: Layout) -> list[str]:
+    """The names in the order in which `write_file` asks for them: widest dtype first, then by name."""
+    order = list(DTYPES.values())
+    return sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name))
+
+
 def write_file(
     path: Path,
-    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Layout,
     produce: Callable[[str], np.ndarray],
     metadata: Mapping[str, str],
     on_written: Callable[[int], None] = lambda nbytes: None,
@@ -127,8 +134,7 @@ def write_file(
         metadata: texts for the header.
         on_written: is told the number of bytes of each tensor written.
     """
-    order = list(DTYPES.values())
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name))
+    names = file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in names:

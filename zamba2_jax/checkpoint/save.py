@@ -13,11 +13,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from zamba2_jax.checkpoint.destination import check_destination, writing
-from zamba2_jax.checkpoint.names import Tensor, table
+from zamba2_jax.checkpoint.names import Tensor, table, written_names
 from zamba2_jax.checkpoint.orbax import write_settings
 from zamba2_jax.checkpoint.parameters import ModelParameters, Parameters
 from zamba2_jax.checkpoint.progress import byte_bar
-from zamba2_jax.checkpoint.safetensors import DTYPES, write_file
+from zamba2_jax.checkpoint.safetensors import DTYPES, file_order, write_file
 
 _UNITS = {
     "": 1,
@@ -66,6 +66,7 @@ def save_pretrained(
 
 @dataclass(frozen=True)
 class _Entry:
+    name: str
     tensor: Tensor
     dtype: np.dtype
 
@@ -95,24 +96,23 @@ def write_hugging_face(
     missing = sorted(".".join(map(str, path)) for path in parameters.new)
     if missing:
         raise ValueError(f"{', '.join(missing)} has no values to write; load the model and save it instead.")
-    entries = [
-        _Entry(tensor, _stored_dtype(parameters, tensor, common, storage))
-        for tensor in table(parameters.config, parameters.architecture)
-    ]
+    tensors = table(parameters.config, parameters.architecture)
+    dtypes = {tensor.name: _stored_dtype(parameters, tensor, common, storage) for tensor in tensors}
+    entries = [_Entry(name, tensor, dtypes[tensor.name]) for name, tensor in written_names(tensors, parameters.config)]
     shards = _split(entries, limit)
     total = sum(entry.nbytes for entry in entries)
     with byte_bar(f"Writing {destination.name}", total, progress) as bar, writing(destination) as directory:
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            by_name = {entry.tensor.name: entry for entry in shard}
+            by_name = {entry.name: entry for entry in shard}
             weight_map |= dict.fromkeys(by_name, name)
             produce = functools.partial(_produce, parameters, by_name)
+            layout = {key: (entry.dtype, entry.tensor.shape) for key, entry in by_name.items()}
             if jax.process_index() == 0:
-                layout = {key: (entry.dtype, entry.tensor.shape) for key, entry in by_name.items()}
                 write_file(directory / name, layout, produce, {"format": "pt"}, bar.update)
-            else:  # gathering an array takes every process; only the first one writes
-                for key in by_name:
+            else:  # gathering an array takes every process, in the same order; only the first one writes
+                for key in file_order(layout):
                     produce(key)
         if jax.process_index() == 0:
             if len(shards) > 1:
