@@ -55,3 +55,13 @@ def test_pickles_where_there_is_nothing_else(hub, root, tmp_path):
     (hub.files / "training_args.bin").write_text("x")
     assert {file.name for file in find_checkpoint("gpt2").iterdir()} == {"config.json", "pytorch_model.bin"}
     assert len(hub.calls) == 2
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), RuntimeError("the proxy says no")])
+def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=f"a/b at revision r is neither a directory here nor .* hub: {error}"):
+        find_checkpoint("a/b", revision="r")

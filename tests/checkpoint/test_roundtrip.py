@@ -90,7 +90,7 @@ def test_transformers_loads_what_we_save(root, tmp_path, shape):
 def test_conv_without_bias_is_written_as_zeros(root, tmp_path):
     """And zeros are no reason to overrule a config without biases."""
     source = saved(root, "2.7B")
-    tensors = {name: t * 0 if name.endswith("conv1d.bias") else t for name, t in read(source).items()}
+    tensors = {name: torch.zeros_like(t) if name.endswith("conv1d.bias") else t for name, t in read(source).items()}
     model = CausalLM.from_pretrained(write(tmp_path / "without", source, tensors, use_conv_bias=False))
     assert not model.config.use_conv_bias
     assert model.model.layers[0].mamba.conv_x.bias is None

@@ -58,7 +58,6 @@ def find_checkpoint(
         )
 
     import huggingface_hub
-    from huggingface_hub import errors
 
     def download(patterns: tuple[str, ...]) -> Path:
         return Path(
@@ -76,7 +75,7 @@ def find_checkpoint(
         directory = download((*_SAFETENSORS, f"{ORBAX}/*"))
         if not any(directory.glob("*.safetensors")) and not is_orbax(directory):
             directory = download(_PICKLES)
-    except (OSError, errors.EntryNotFoundError, errors.RevisionResolutionError, errors.HFValidationError) as error:
+    except Exception as error:  # the hub's own, its HTTP library's and the system's have no common class
         where = "in the local cache" if local_files_only else "on the Hugging Face hub"
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(f"{name}{at} is neither a directory here nor to be had {where}: {error}") from error
