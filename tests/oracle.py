@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
+from flax import nnx
 
 import zamba2_jax
 
@@ -100,8 +102,37 @@ def torch_model(config: transformers.Zamba2Config, kind: str = "Zamba2ForCausalL
                 parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=1.0 / parameter.shape[-1] ** 0.5)
+    _share_blocks(model)
     without_dt_clamp(model)
     return model
+
+
+def _share_blocks(model: torch.nn.Module) -> None:
+    """Gives every copy of a shared block the same weights. transformers ties them only together with the embeddings': with
+    tie_word_embeddings=False it builds a block for every hybrid layer, which is not Zamba2."""
+    for first, copy in _block_copies(model):
+        copy.load_state_dict(first.state_dict())
+
+
+def _block_copies(model: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    base = getattr(model, "model", model)
+    blocks = [base.layers[index].shared_transformer for index in model.config.hybrid_layer_ids]
+    count = model.config.num_mem_blocks
+    return [(blocks[j % count], blocks[j]) for j in range(count, len(blocks))]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients that backward() left, by Hugging Face name, those of a shared block's copies summed under its first name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for first, copy in _block_copies(model):
+        for owner, other in zip(first.parameters(), copy.parameters(), strict=True):
+            if other is not owner:
+                extra = found.pop(names[id(other)])
+                name = names[id(owner)]
+                # An adapter is used by one layer only, so one copy of it has a gradient and the others none.
+                found[name] = sum(grad for grad in (found[name], extra) if grad is not None) if extra is not None else found[name]
+    return found
 
 
 def without_dt_clamp(model: torch.nn.Module) -> None:
@@ -128,15 +159,23 @@ def pair(directory: Path, shape: str, kind: str = "Zamba2ForCausalLM", **changes
     if key not in _pairs:
         model = torch_model(torch_config(shape, **changes), kind)
         path = directory / f"model-{len(_pairs)}"
-        model.save_pretrained(path)
+        save(model, path)
         _pairs[key] = Pair(model, getattr(zamba2_jax, kind).from_pretrained(path, dtype=jnp.float32), path)
     return _pairs[key]
 
 
+def save(model: torch.nn.Module, path: Path) -> None:
+    if model.config.tie_word_embeddings:
+        model.save_pretrained(path)
+        return
+    # Blocks repeated under every layer, so that transformers, which does not tie them here, finds them all when it loads.
+    model.config.save_pretrained(path)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
 def load_tensors(source: Pair, tensors: dict[str, torch.Tensor], path: Path) -> Any:
     """A model of ours whose parameters are `tensors`, given under Hugging Face's names: gradients in our layout, say."""
-    import safetensors.torch
-
     source.torch.config.save_pretrained(path)
     safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors")
     return type(source.jax).from_pretrained(path, dtype=jnp.float32)
@@ -167,8 +206,6 @@ def to_torch(array: Any) -> torch.Tensor:
 
 def jit_call(model: Any, **static: Any):
     """`model(...)` compiled once: the arguments given here are constants, those given at the call are traced."""
-    from flax import nnx
-
     graphdef, state = nnx.split(model)
 
     @jax.jit

@@ -298,11 +298,10 @@ class Zamba2ForCausalLM(PretrainedModel):
         super().__init__(config, dtype=dtype, param_dtype=param_dtype)
         layer = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
         self.model = Zamba2Model(config, **layer)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, axes=("embed", "vocab"), std=config.initializer_range, **layer
-            )
+        head = {"axes": ("embed", "vocab"), "std": config.initializer_range, **layer}
+        self.lm_head = (
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, **head)
+        )
 
     def __call__(
         self,
