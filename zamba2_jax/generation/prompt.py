@@ -17,9 +17,9 @@ from zamba2_jax.generation.processors import Prompt
 _SMALLEST_CAPACITY = 1024
 _CAPACITY_FACTOR = 4
 
-# (longest prompt, columns per prefill call). A call costs at least one reading of the weights, and on an H200 some 250
-# tokens cost no more than that; small prompts should not be padded to a multiple of their length, large ones should
-# fill the matrix units.
+# (longest prompt, columns per prefill call). A call reads all weights once, and on a GPU of 1000 TFLOP/s and 5 TB/s
+# some 200 tokens take as long as that reading; a short prompt is not padded far beyond its length, a long one fills the
+# matrix units.
 _CHUNKS = ((256, 64), (768, 256), (4096, 512), (None, 2048))
 # Activations of one call stay within this many tokens, whatever the number of rows.
 _TOKENS_PER_CALL = 16384
