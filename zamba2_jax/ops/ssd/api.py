@@ -14,8 +14,8 @@ from zamba2_jax.ops.ssd import associative, chunked, reference
 Implementation = Literal["reference", "scan", "chunked"]
 IMPLEMENTATIONS = ("reference", "scan", "chunked")
 
-# The result does not depend on the chunk length and the time does: the (q, q) work per token grows with q, and a CPU
-# gains nothing from larger matrices once they fill its caches.
+# The result does not depend on the chunk length and the time does: the (q, q) work per token grows with q. On two cores
+# in float32 (length 512, 64 heads of 64, state 128), chunks of 32, 64 and 128 took 32, 51 and 74 ms; 16 was no faster.
 CPU_CHUNK_SIZE = 32
 
 

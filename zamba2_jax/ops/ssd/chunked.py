@@ -60,6 +60,7 @@ def ssd(
     @jax.checkpoint
     def step(state, chunk):
         x, B, C, dt, high, low, segment = chunk
+        wide = x.astype(jnp.float32)
         same = causal & (segment[:, :, None] == segment[:, None, :])
         from_start = (segment == 0)[:, None, None, :]
         to_end = (segment == segment[:, -1:])[:, None, None, :]
@@ -77,9 +78,9 @@ def ssd(
         carried = product("bign,bgepn->bigep", C, state.astype(dtype))
         y = y + carried * jnp.moveaxis(decay_from_start, -1, 1)[..., None]
         if D is not None:
-            y = y + D.reshape(groups, group_heads, 1) * x
+            y = y + D.reshape(groups, group_heads, 1) * wide
 
-        inflow = (x * jnp.moveaxis(decay_to_end * dt, -1, 1)[..., None]).astype(dtype)
+        inflow = (wide * jnp.moveaxis(decay_to_end * dt, -1, 1)[..., None]).astype(dtype)
         state = decay_from_start[..., -1, None, None] * state + product("bjgep,bjgn->bgepn", inflow, B)
         return state, y.astype(dtype)
 
@@ -92,8 +93,8 @@ def ssd(
 def chunk_length(length: int, chunk_size: int) -> int:
     """The chunk length actually used: the fewest chunks of at most `chunk_size` tokens, made equally long.
 
-    Equal chunks waste at most a few tokens of padding: 257 tokens in chunks of 256 become two of 136, five tokens one
-    of 5.
+    Equal chunks waste at most a few tokens of padding: 257 tokens become two chunks of 136 rather than 256 and 1, five
+    tokens one of 5.
     """
     if length <= chunk_size:
         return length
