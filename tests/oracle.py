@@ -15,6 +15,7 @@ import transformers
 from flax import nnx
 
 import zamba2_jax
+from bench.peer import without_dt_clamp
 
 # The published shapes, scaled down: the same pattern of layers, blocks, groups, adapters and RoPE; and unusual ones.
 BASE = {
@@ -133,13 +134,6 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 # An adapter is used by one layer only, so one copy of it has a gradient and the others none.
                 found[name] = sum(grad for grad in (found[name], extra) if grad is not None) if extra is not None else found[name]
     return found
-
-
-def without_dt_clamp(model: torch.nn.Module) -> None:
-    """transformers 5 clamps dt below at time_step_min in prefill only; the models were trained without a clamp."""
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
 
 
 @dataclasses.dataclass(frozen=True)

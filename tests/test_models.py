@@ -10,6 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
+from bench.peer import without_dt_clamp
 from tests.oracle import SHAPES, gradients, jit_call, load_tensors, pair, relative_error, to_torch, tokens
 
 TOLERANCE = 1e-4
@@ -71,9 +72,7 @@ def test_bfloat16_is_as_close_to_float32_as_pytorch_is(models):
     exact = jit_call(models.jax)(input_ids=ids).logits
     ours = jit_call(type(models.jax).from_pretrained(models.path, dtype=jnp.bfloat16))(input_ids=ids).logits
     half = type(models.torch).from_pretrained(models.path, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    for module in half.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
+    without_dt_clamp(half)
     with torch.no_grad():
         theirs = half(to_torch(ids), use_cache=False).logits
 
@@ -293,6 +292,12 @@ def test_the_three_sensitive_parameters_stay_float32(oracle_dir):
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         expected = jnp.float32 if path[-1] in ("A_log", "D", "dt_bias") else jnp.bfloat16
         assert leaf.get_value().dtype == expected, path
+
+
+def test_a_split_model_can_be_a_static_argument(oracle_dir):
+    model = pair(oracle_dir, "1.2B").jax
+    assert model.generation_config["eos_token_id"] == 2
+    assert hash(nnx.split(model)[0]) == hash(nnx.split(model)[0])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 from typing import Any, Self
 
@@ -43,7 +44,7 @@ class PretrainedModel(nnx.Module):
         config: the architecture.
         dtype: of computation. Norms, softmax, SSM states and losses are float32 whatever it is.
         param_dtype: of stored parameters; A_log, D and dt_bias are float32 whatever it is.
-        generation_config: contents of the checkpoint's generation_config.json, or None.
+        generation_config: contents of the checkpoint's generation_config.json, or None. Assign a dict to change it.
     """
 
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike | None):
@@ -53,7 +54,18 @@ class PretrainedModel(nnx.Module):
         for name, value in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
             if not jnp.issubdtype(value, jnp.floating):
                 raise ValueError(f"{name} must be a floating dtype such as bfloat16 or float32, got {value}.")
-        self.generation_config: dict[str, Any] | None = None
+        self.generation_config = None
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        # Kept as text: a dict could not be hashed, and `nnx.split(model)[0]` is to serve as a static argument of jit.
+        return None if self._generation_config is None else json.loads(self._generation_config)
+
+    @generation_config.setter
+    def generation_config(self, values: dict[str, Any] | None) -> None:
+        if hasattr(values, "to_dict"):  # transformers' GenerationConfig
+            values = values.to_dict()
+        self._generation_config = None if values is None else json.dumps(values)
 
     @classmethod
     def from_pretrained(
