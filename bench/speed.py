@@ -17,7 +17,7 @@ SIZES = {
     "vocab_size": 32000,
     "hidden_size": 768,
     "num_hidden_layers": 16,
-    "mamba_d_state": 64,
+    "mamba_d_state": 128,
     "n_mamba_heads": 24,
     "num_attention_heads": 12,
     "adapter_rank": 64,

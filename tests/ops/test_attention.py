@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from zamba2_jax.ops import attention as module
+from zamba2_jax.ops import blocked_attention
 from zamba2_jax.ops.attention import attention, attention_with_weights
+from zamba2_jax.ops.blocked_attention import BLOCK
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 11, 6, 3, 5
 # Weighted means of at most 11 float32 values of size 1 to 3, the weights from sums of 5 products.
 TOLERANCE = 5e-6
-
 
 @pytest.fixture(params=["reference", "xla"])
 def implementation(request):
@@ -177,6 +178,7 @@ def chosen(monkeypatch, platform, arguments, **options):
     calls = []
     monkeypatch.setattr(module, "platform", lambda: platform)
     monkeypatch.setattr(module, "_splash", lambda query, *_: calls.append("splash") or query)
+    monkeypatch.setattr(module, "causal_attention", lambda query, *_, **__: calls.append("xla") or query)
 
     def dot_product_attention(query, *_, implementation, **__):
         calls.append(implementation)
@@ -307,3 +309,41 @@ def test_splash_compiles_for_a_tpu(head_dim):
     assert result.returncode == 0, result.stderr[-2000:]
     # Forward, the gradient of the queries, that of keys and values.
     assert "kernels: 3" in result.stdout
+
+
+class TestBlockedCausal:
+    """The "xla" form of causal attention takes queries in blocks: groups of several and a rest, whole blocks only, less than one."""
+
+    @pytest.mark.parametrize(("length", "groups"), [(3 * BLOCK + 37, 2), (2 * BLOCK, 8), (1, 8)])
+    def test_values_and_gradients(self, monkeypatch, length, groups):
+        monkeypatch.setattr(blocked_attention, "GROUPS", groups)
+        rng = np.random.default_rng(length)
+        query = jnp.asarray(rng.normal(size=(2, length, 4, 3)), jnp.float32)
+        key, value = (jnp.asarray(rng.normal(size=(2, length, 2, 3)), jnp.float32) for _ in range(2))
+        segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))))
+        weight = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+
+        def run(implementation, *arrays):
+            # Not through `attention` itself, whose compiled program would outlive the patched constant.
+            out = attention.__wrapped__(
+                *arrays, is_causal=True, segment_ids=(segments, segments), implementation=implementation
+            )
+            return jnp.sum(out * weight), out
+
+        arrays = (query, key, value)
+        grads, out = jax.grad(lambda a: run("xla", *a), has_aux=True)(arrays)
+        wanted_grads, wanted = jax.grad(lambda a: run("reference", *a), has_aux=True)(arrays)
+        np.testing.assert_allclose(out, wanted, atol=2e-6)
+        for ours, theirs in zip(grads, wanted_grads, strict=True):
+            # Sums over up to `length` queries of float32 products of order one.
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+    def test_no_square_of_scores_in_memory(self):
+        length = 8192
+        array = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+
+        def loss(query, key, value):
+            return attention(query, key, value, is_causal=True, implementation="xla").sum()
+
+        memory = jax.jit(jax.grad(loss)).lower(array, array, array).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 0.25 * 2 * length * length * 4
