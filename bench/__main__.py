@@ -1,4 +1,5 @@
-"""`python -m bench`: every measurement that a CPU can make in a few minutes; `python -m bench NAME` one of them; `--help` lists them."""
+"""`python -m bench`: every measurement that a CPU can make in a few minutes; `python -m bench NAME` one of them;
+`--help` lists them."""
 
 import argparse
 import sys
@@ -18,7 +19,8 @@ def main() -> int:
     listing = "\n".join(f"  {name:12s} {text}" for name, (_, text) in CASES.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description=f"{__doc__}\n\n{listing}\n\nCheckpoint conversion of the large shapes: python -m bench.convert_memory --help",
+        description=f"{__doc__}\n\n{listing}\n\n"
+        "Checkpoint conversion of the large shapes: python -m bench.convert_memory --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", metavar="NAME", help=f"default: {' '.join(QUICK)}")

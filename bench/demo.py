@@ -1,6 +1,7 @@
 """`make demo`: a PyTorch Zamba2 checkpoint is inspected, converted, checked against PyTorch and continued by both.
 
-Without --model a small random checkpoint is written first, by transformers, so no network is needed. With --model (a hub id or a directory) the
+Without --model a small random checkpoint is written first, by transformers, so no network is needed. With --model (a
+hub id or a directory) the
 same happens with real weights, in float32: allow twice the model's size in memory, 10 GB for the 1.2B.
 """
 
@@ -31,7 +32,9 @@ PROMPT = "What factors contributed to the fall of the Roman Empire?"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", help="hub id or directory; default: a small random model written by transformers")
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
@@ -61,14 +64,17 @@ def main() -> int:
     if options.model:
         print(f'.venv/bin/python -m zamba2_jax generate --model {target} --prompt "{PROMPT}"')
     else:
-        print("make demo MODEL=Zyphra/Zamba2-1.2B        # the same with real weights: downloads 2.4 GB, needs 10 GB of memory")
+        print(
+            "make demo MODEL=Zyphra/Zamba2-1.2B        # the same with real weights: 2.4 GB to fetch, 10 GB of memory"
+        )
     print("make test                                 # the suite")
     print(f".venv/bin/python -m zamba2_jax info --model {target}")
     return 0 if agree else 1
 
 
 def write_small_checkpoint(path: Path) -> Path:
-    """A random model with all parts of the architecture: two shared blocks, both kinds of adapters, RoPE, two groups."""
+    """A random model with all parts of the architecture: two shared blocks, both kinds of adapters, RoPE, two
+    groups."""
     heading("0. Write a small random checkpoint with transformers")
     torch.manual_seed(0)
     config = transformers.Zamba2Config(
@@ -84,7 +90,8 @@ def write_small_checkpoint(path: Path) -> Path:
         adapter_rank=16,
         use_mem_rope=True,
         use_shared_attention_adapter=True,
-        # Larger than a trained model's start: scores then differ by far more than float32 can blur, as a trained model's do.
+        # Larger than a trained model's start: scores then differ by far more than float32 can blur, as a trained
+        # model's do.
         initializer_range=0.1,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
@@ -137,8 +144,12 @@ def generate_with_both(source: Path, converted: Path, new_tokens: int, has_text:
         ("PyTorch", expected, torch_first, torch_again),
         ("JAX", actual, jax_first, jax_again),
     ):
-        text = tokenizer.decode(result[0]) if tokenizer is not None else " ".join(map(str, result[0, prompt.shape[1] :]))
-        print(f"{name:8s} first call {first:6.2f} s, second {again:6.2f} s ({new_tokens / again:6.1f} tokens/s): {text}")
+        text = (
+            tokenizer.decode(result[0]) if tokenizer is not None else " ".join(map(str, result[0, prompt.shape[1] :]))
+        )
+        print(
+            f"{name:8s} first call {first:6.2f} s, second {again:6.2f} s ({new_tokens / again:6.1f} tokens/s): {text}"
+        )
     agree = np.array_equal(expected, actual)
     print(f"The {new_tokens} new tokens {'agree' if agree else 'DIFFER'}. (JAX's first call compiles.)")
     return agree

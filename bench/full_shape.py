@@ -28,13 +28,23 @@ def main() -> None:
         theirs, ours, ours_half = (np.load(directory / f"{side}.npy") for side in ("torch", "float32", "bfloat16"))
     scale = np.abs(theirs).max()
     print(f"file: {half['file_bytes'] / 1e9:.2f} GB, bfloat16, {half['parameters']:,} parameters")
-    print(f"float32 logits of {LENGTH} tokens: largest difference {np.abs(theirs - ours).max():.2e} on values up to {scale:.2f} "
-          f"({np.abs(theirs - ours).max() / scale:.1e})")
-    print(f"bfloat16 logits against PyTorch's float32: root mean square {np.sqrt(np.mean((theirs - ours_half) ** 2)):.2e}")
+    print(
+        f"float32 logits of {LENGTH} tokens: largest difference "
+        f"{np.abs(theirs - ours).max():.2e} on values up to {scale:.2f} ({np.abs(theirs - ours).max() / scale:.1e})"
+    )
+    print(
+        f"bfloat16 logits against PyTorch's float32: root mean square {np.sqrt(np.mean((theirs - ours_half) ** 2)):.2e}"
+    )
     for title, figures in (("load as bfloat16", half), ("load as float32", exact)):
-        print(f"{title}: {figures['load_seconds']:.1f} s, peak resident {figures['peak_bytes'] / 1e9:.2f} GB, model "
-              f"{figures['model_bytes'] / 1e9:.2f} GB: {(figures['peak_bytes'] - figures['model_bytes']) / 1e9:.2f} GB above it")
-    print(f"PyTorch, load as float32: {torch_run['load_seconds']:.1f} s, peak resident {torch_run['peak_bytes'] / 1e9:.2f} GB")
+        print(
+            f"{title}: {figures['load_seconds']:.1f} s, peak resident {figures['peak_bytes'] / 1e9:.2f} GB, "
+            f"{(figures['peak_bytes'] - figures['model_bytes']) / 1e9:.2f} GB above the model's own "
+            f"{figures['model_bytes'] / 1e9:.2f} GB"
+        )
+    print(
+        f"PyTorch, load as float32: {torch_run['load_seconds']:.1f} s, peak resident "
+        f"{torch_run['peak_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def _step(step: str, directory: Path) -> dict[str, float]:
@@ -57,7 +67,9 @@ def _write(directory: Path) -> dict[str, float]:
     from zamba2_jax import Zamba2Config
 
     torch.manual_seed(0)
-    config = transformers.Zamba2Config(**{k: v for k, v in Zamba2Config.zamba2_1_2b().to_dict().items() if k != "dtype"})
+    config = transformers.Zamba2Config(
+        **{k: v for k, v in Zamba2Config.zamba2_1_2b().to_dict().items() if k != "dtype"}
+    )
     config.dtype = torch.bfloat16
     transformers.Zamba2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return {}

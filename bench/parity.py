@@ -1,4 +1,5 @@
-"""How far the models are from PyTorch's: the largest difference over the largest value, by kind of model and quantity, in float32."""
+"""How far the models are from PyTorch's: the largest difference over the largest value, by kind of model and quantity,
+in float32."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ def main() -> None:
             figures["gradients"] = _gradients(models, Path(directory) / f"{shape}-gradients")
             row = "".join(f"{figures.get(column, float('nan')):24.1e}" for column in columns[:-1])
             print(f"{shape:10s}{row}{_bfloat16(models):24.2f}", flush=True)
-    print(f"lengths {LENGTHS}, two rows; gradients at length 37: the worst parameter. bfloat16: root mean square error of the logits "
-          "against the float32 ones, over that of PyTorch's bfloat16 model.")
+    print(
+        f"lengths {LENGTHS}, two rows; gradients at length 37: the worst parameter. bfloat16: root mean "
+        "square error of the logits against the float32 ones, over that of PyTorch's bfloat16 model."
+    )
 
 
 def _forward(models: Pair) -> dict[str, float]:
@@ -62,9 +65,7 @@ def _gradients(models: Pair, path: Path) -> float:
     reference = dict(nnx.to_flat_state(nnx.state(load_tensors(models, gradients(models.torch), path), nnx.Param)))
     graphdef, params = nnx.split(models.jax)
     ours = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params)(input_ids=ids, labels=ids).loss))(params)
-    return max(
-        relative_error(leaf.get_value(), reference[path].get_value()) for path, leaf in nnx.to_flat_state(ours)
-    )
+    return max(relative_error(leaf.get_value(), reference[path].get_value()) for path, leaf in nnx.to_flat_state(ours))
 
 
 def _bfloat16(models: Pair) -> float:

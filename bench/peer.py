@@ -6,7 +6,8 @@ import torch
 
 
 def without_dt_clamp(model: torch.nn.Module) -> None:
-    """Lifts the lower bound that transformers 5 puts on dt in prefill, but not in decoding; the models were trained without."""
+    """Lifts the lower bound that transformers 5 puts on dt in prefill, but not in decoding; the models were trained
+    without."""
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, math.inf)

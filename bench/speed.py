@@ -1,4 +1,5 @@
-"""Prefill and decoding of a 100 M-parameter model, float32, against PyTorch on the same CPU: one process each, in turn."""
+"""Prefill and decoding of a 100 M-parameter model, float32, against PyTorch on the same CPU: one process each, in
+turn."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def _median(run: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
-def _measure(prefill: Callable[[np.ndarray], object], generate: Callable[[np.ndarray, int], object]) -> dict[str, float]:
+def _measure(
+    prefill: Callable[[np.ndarray], object], generate: Callable[[np.ndarray, int], object]
+) -> dict[str, float]:
     def prompt(length: int) -> np.ndarray:
         return np.random.default_rng(length).integers(3, SIZES["vocab_size"], (1, length))
 

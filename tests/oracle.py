@@ -1,4 +1,5 @@
-"""PyTorch's Zamba2 as the judge: small random models of every kind, as a torch module and as ours with the same weights."""
+"""PyTorch's Zamba2 as the judge: small random models of every kind, as a torch module and as ours with the same
+weights."""
 
 from __future__ import annotations
 
@@ -109,8 +110,8 @@ def torch_model(config: transformers.Zamba2Config, kind: str = "Zamba2ForCausalL
 
 
 def _share_blocks(model: torch.nn.Module) -> None:
-    """Gives every copy of a shared block the same weights. transformers ties them only together with the embeddings': with
-    tie_word_embeddings=False it builds a block for every hybrid layer, which is not Zamba2."""
+    """Gives every copy of a shared block the same weights. transformers ties them only together with the embeddings':
+    with tie_word_embeddings=False it builds a block for every hybrid layer, which is not Zamba2."""
     for first, copy in _block_copies(model):
         copy.load_state_dict(first.state_dict())
 
@@ -123,7 +124,8 @@ def _block_copies(model: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.n
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients that backward() left, by Hugging Face name, those of a shared block's copies summed under its first name."""
+    """The gradients that backward() left, by Hugging Face name, those of a shared block's copies summed under its first
+    name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     for first, copy in _block_copies(model):
@@ -132,7 +134,9 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 extra = found.pop(names[id(other)])
                 name = names[id(owner)]
                 # An adapter is used by one layer only, so one copy of it has a gradient and the others none.
-                found[name] = sum(grad for grad in (found[name], extra) if grad is not None) if extra is not None else found[name]
+                found[name] = (
+                    sum(grad for grad in (found[name], extra) if grad is not None) if extra is not None else found[name]
+                )
     return found
 
 
@@ -162,14 +166,16 @@ def save(model: torch.nn.Module, path: Path) -> None:
     if model.config.tie_word_embeddings:
         model.save_pretrained(path)
         return
-    # Blocks repeated under every layer, so that transformers, which does not tie them here, finds them all when it loads.
+    # Blocks repeated under every layer, so that transformers, which does not tie them here, finds them all when it
+    # loads.
     model.config.save_pretrained(path)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_tensors(source: Pair, tensors: dict[str, torch.Tensor], path: Path) -> Any:
-    """A model of ours whose parameters are `tensors`, given under Hugging Face's names: gradients in our layout, say."""
+    """A model of ours whose parameters are `tensors`, given under Hugging Face's names: gradients in our layout,
+    say."""
     source.torch.config.save_pretrained(path)
     safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors")
     return type(source.jax).from_pretrained(path, dtype=jnp.float32)

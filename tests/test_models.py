@@ -1,6 +1,7 @@
 """The models against PyTorch's, float32: logits, every hidden state, attentions, losses, caches, gradients.
 
-Tolerances: 1e-4 of the largest value, the figure the README promises; what is measured is around 1e-6 (`python -m bench parity` prints it).
+Tolerances: 1e-4 of the largest value, the figure the README promises; what is measured is around 1e-6 (`python -m bench
+    parity` prints it).
 """
 
 import jax
@@ -112,7 +113,8 @@ def test_any_mask_equals_pytorch_at_real_tokens(oracle_dir, shape, pattern):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(models, side):
-    """Each row alone, unpadded, is the judge; with biases too, which leak into the conv window of transformers' padded rows."""
+    """Each row alone, unpadded, is the judge; with biases too, which leak into the conv window of transformers' padded
+    rows."""
     ids = tokens(models.jax.config.vocab_size, 4, 23)
     lengths = [23, 22, 9, 1]
     padded_ids, mask = padded(ids, lengths, side)
@@ -151,7 +153,8 @@ def test_an_entirely_masked_row_leaves_the_cache_as_it_was(models):
 
 @pytest.mark.parametrize("pieces", [(1,) * 9, (2, 1, 3, 1, 2), (17, 1, 16, 3)])
 def test_pieces_equal_one_pass(models, pieces):
-    """Appending one token or many to a cache, shorter than the conv window and longer than a chunk, gives what one pass gives."""
+    """Appending one token or many to a cache, shorter than the conv window and longer than a chunk, gives what one pass
+    gives."""
     ids = tokens(models.jax.config.vocab_size, 2, sum(pieces))
     whole = jit_call(models.jax, use_cache=True, cache_length=40)(input_ids=ids)
     call = jit_call(models.jax, use_cache=True)
@@ -166,7 +169,9 @@ def test_pieces_equal_one_pass(models, pieces):
         assert relative_error(ours, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "no-hybrid"])  # transformers' cache needs an attention layer
+@pytest.mark.parametrize(
+    "shape", [s for s in SHAPES if s != "no-hybrid"]
+)  # transformers' cache needs an attention layer
 def test_the_cache_equals_pytorchs(oracle_dir, shape):
     models = pair(oracle_dir, shape)
     ids = tokens(models.jax.config.vocab_size, 2, 19)
@@ -175,7 +180,9 @@ def test_the_cache_equals_pytorchs(oracle_dir, shape):
     ours = jit_call(models.jax, use_cache=True, cache_length=19)(input_ids=ids).past_key_values
     for index, state in enumerate(ours.mamba):
         layer = theirs.layers[index]
-        window = np.concatenate([state.conv_x, np.asarray(state.conv_bc).reshape(*state.conv_bc.shape[:2], -1)], axis=-1)
+        window = np.concatenate(
+            [state.conv_x, np.asarray(state.conv_bc).reshape(*state.conv_bc.shape[:2], -1)], axis=-1
+        )
         conv = getattr(layer, "conv_states", None)
         conv = layer.conv_states[0] if isinstance(conv, dict | list | tuple) else conv
         recurrent = layer.recurrent_states
@@ -204,7 +211,8 @@ def test_packed_documents_equal_documents_apart(models):
     segments = np.repeat(np.arange(len(lengths)), lengths)[None]
     packed = jit_call(models.jax, output_hidden_states=True)(input_ids=ids, labels=ids, segment_ids=segments)
 
-    # The documents as rows of a batch. What fills a row up at the end cannot be seen by the tokens before, and has no labels.
+    # The documents as rows of a batch. What fills a row up at the end cannot be seen by the tokens before, and has no
+    # labels.
     rows = tokens(models.jax.config.vocab_size, len(lengths), max(lengths), seed=1)
     labels = np.full_like(rows, -100)
     ends = np.cumsum(lengths)
@@ -258,6 +266,31 @@ def test_the_base_model_is_the_causal_model_without_its_head(oracle_dir):
     with torch.no_grad():
         expected = models.torch.model(to_torch(ids)).last_hidden_state
     assert relative_error(models.jax.model(ids).last_hidden_state, expected) < TOLERANCE
+
+
+def test_a_time_step_limit_holds_in_prefill_and_decode(oracle_dir):
+    """transformers applies (time_step_min, inf) in prefill, whatever the config says, and no limit in decode."""
+    models = pair(oracle_dir, "1.2B")
+    limit = (0.3, float("inf"))  # of dt's around 0.1
+    ids = tokens(131, 2, 20)
+    limited = type(models.jax).from_pretrained(models.path, dtype=jnp.float32)
+    limited.config = limited.model.config = models.jax.config.replace(time_step_limit=limit)
+    for layer in limited.model.layers:
+        layer.mamba.config = limited.config
+    mixers = [module for module in models.torch.modules() if hasattr(module, "time_step_limit")]
+    try:
+        for mixer in mixers:
+            mixer.time_step_limit = limit
+        with torch.no_grad():
+            expected = models.torch(to_torch(ids), use_cache=False).logits
+    finally:
+        without_dt_clamp(models.torch)
+    assert relative_error(jit_call(limited)(input_ids=ids).logits, expected) < TOLERANCE
+    assert relative_error(jit_call(models.jax)(input_ids=ids).logits, expected) > 0.01
+    call = jit_call(limited, use_cache=True, cache_length=20)
+    cache = call(input_ids=ids[:, :19]).past_key_values
+    last = call(input_ids=ids[:, 19:], past_key_values=cache).logits
+    assert relative_error(last[:, 0], expected[:, -1]) < TOLERANCE
 
 
 def test_attention_dropout_in_training(oracle_dir):

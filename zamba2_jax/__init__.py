@@ -1,8 +1,8 @@
 """Zamba2 in JAX: load Hugging Face checkpoints, generate, train, and hand the weights back to PyTorch.
 
-    >>> from zamba2_jax import Zamba2ForCausalLM
-    >>> model = Zamba2ForCausalLM.from_pretrained("Zyphra/Zamba2-1.2B", dtype="bfloat16")
-    >>> tokens = model.generate(**tokenizer("Hello", return_tensors="np"), max_new_tokens=20)
+>>> from zamba2_jax import Zamba2ForCausalLM
+>>> model = Zamba2ForCausalLM.from_pretrained("Zyphra/Zamba2-1.2B", dtype="bfloat16")
+>>> tokens = model.generate(**tokenizer("Hello", return_tensors="np"), max_new_tokens=20)
 """
 
 from zamba2_jax.cache import Zamba2Cache

@@ -1,7 +1,8 @@
 """Zamba2Cache: everything a model remembers of the tokens it has read, as one immutable pytree.
 
-A Mamba2 layer remembers the last k-1 inputs of its convolution and one state matrix per head, whatever the length. Each *use* of a shared
-transformer block has keys and values of its own, one slot per token; the slots are allocated up front so that shapes stay fixed under jit.
+A Mamba2 layer remembers the last k-1 inputs of its convolution and one state matrix per head, whatever the length. Each
+*use* of a shared transformer block has keys and values of its own, one slot per token; the slots are allocated up front
+so that shapes stay fixed under jit.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class KeyValue:
 class Zamba2Cache:
     """What a model carries from one call to the next. Immutable: a call returns a new one.
 
-    All rows of a batch share the slot index: a call of l columns takes slots `length` to `length + l - 1` in every row, padding included;
+    All rows of a batch share the slot index: a call of l columns takes slots `length` to `length + l - 1` in every row,
+        padding included;
     `slot_mask` says which hold a real token.
 
     Attributes:
@@ -87,7 +89,8 @@ def init_cache(config: Zamba2Config, batch_size: int, max_length: int, dtype: ja
         config: shapes.
         batch_size: rows.
         max_length: slots for keys and values; the Mamba2 states do not grow with it.
-        dtype: of keys, values and convolution windows. SSM states are float32 always: they are sums over the whole past.
+        dtype: of keys, values and convolution windows. SSM states are float32 always: they are sums over the whole
+            past.
 
     Raises:
         ValueError: `batch_size` or `max_length` below 1.
@@ -104,9 +107,7 @@ def init_cache(config: Zamba2Config, batch_size: int, max_length: int, dtype: ja
         return MambaState(
             conv_x=jnp.zeros((batch_size, window, config.mamba_intermediate_size), dtype),
             conv_bc=jnp.zeros((batch_size, window, 2, groups_state), dtype),
-            ssm=jnp.zeros(
-                (batch_size, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state), jnp.float32
-            ),
+            ssm=jnp.zeros((batch_size, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state), jnp.float32),
         )
 
     return Zamba2Cache(

@@ -16,7 +16,8 @@ from zamba2_jax.config import Zamba2Config
 
 @dataclasses.dataclass(frozen=True)
 class ModelInputs:
-    """Checked inputs of one call. Exactly one of `ids` (b, l) and `embeds` (b, l, d) is set; the masks are (b, l) or None."""
+    """Checked inputs of one call. Exactly one of `ids` (b, l) and `embeds` (b, l, d) is set; the masks are (b, l) or
+    None."""
 
     batch_size: int
     length: int
@@ -39,8 +40,8 @@ def check_inputs(
 ) -> ModelInputs:
     """The inputs of `Zamba2Model.__call__`, checked.
 
-    Shapes and dtypes are checked always; values (ids inside the vocabulary, a mask of zeros and ones, room in the cache) where they are
-    concrete, which they are not under jit.
+    Shapes and dtypes are checked always; values (ids inside the vocabulary, a mask of zeros and ones, room in the
+    cache) where they are concrete, which they are not under jit.
 
     Raises:
         ValueError: naming the argument, what it was, and what would do.
@@ -66,8 +67,8 @@ def check_inputs(
         _check_cache(config, past_key_values, batch_size, length)
         if segment_ids is not None:
             raise ValueError(
-                "segment_ids do not go with past_key_values: a packed row holds several documents, and only one could continue. "
-                "Run packed rows without a cache."
+                "segment_ids do not go with past_key_values: a packed row holds several documents, and only one could "
+                "continue. Run packed rows without a cache."
             )
     return ModelInputs(
         batch_size=batch_size,
@@ -86,20 +87,21 @@ def check_token_ids(input_ids: ArrayLike, vocab_size: int) -> Int[Array, "b l"]:
     Raises:
         ValueError: another rank or dtype, or, where values are concrete, an id outside the vocabulary.
     """
-    if isinstance(input_ids, jax.core.Tracer):
-        ids = input_ids
-    else:
-        ids = np.asarray(input_ids)
-        if ids.size and np.issubdtype(ids.dtype, np.integer) and (ids.min() < 0 or ids.max() >= vocab_size):
-            row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0][-2:] if ids.ndim >= 2 else (0, 0)
-            raise ValueError(
-                f"input_ids must be in [0, {vocab_size}), the vocabulary; got {ids.min()} … {ids.max()}, first at row {row}, column {column}. "
-                "Is this the checkpoint's own tokenizer?"
-            )
+    ids = input_ids if isinstance(input_ids, jax.core.Tracer) else np.asarray(input_ids)
     if ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, length), got {ids.shape}; a single prompt is input_ids[None].")
+        raise ValueError(
+            f"input_ids must have shape (batch, length), got {ids.shape}; a single prompt is input_ids[None]."
+        )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"input_ids must be integers, got {ids.dtype}.")
+    if isinstance(ids, np.ndarray):
+        outside = np.argwhere((ids < 0) | (ids >= vocab_size))
+        if outside.size:
+            row, column = outside[0]
+            raise ValueError(
+                f"input_ids must be in [0, {vocab_size}), the vocabulary; got {ids[row, column]} at row {row}, column "
+                f"{column}. Is this the checkpoint's own tokenizer?"
+            )
     return jnp.asarray(ids, jnp.int32)
 
 
@@ -152,6 +154,6 @@ def _check_cache(config: Zamba2Config, cache: Zamba2Cache, batch_size: int, leng
         raise ValueError(f"past_key_values has {cache.max_length} slots, the call alone has {length} tokens.")
     if not isinstance(cache.length, jax.core.Tracer) and cache.get_seq_length() + length > cache.max_length:
         raise ValueError(
-            f"past_key_values is full: {cache.get_seq_length()} of {cache.max_length} slots are taken and {length} tokens are to come. "
-            "Make it larger: model.init_cache(batch_size, max_length)."
+            f"past_key_values is full: {cache.get_seq_length()} of {cache.max_length} slots are taken and {length} "
+            "tokens are to come. Make it larger: model.init_cache(batch_size, max_length)."
         )

@@ -1,4 +1,5 @@
-"""Zamba2Model, Zamba2ForCausalLM, Zamba2ForSequenceClassification: the wiring, to be read beside figure 2 of arXiv 2411.15242."""
+"""Zamba2Model, Zamba2ForCausalLM, Zamba2ForSequenceClassification: the wiring, to be read beside figure 2 of arXiv
+2411.15242."""
 
 from __future__ import annotations
 
@@ -86,12 +87,14 @@ class PretrainedModel(nnx.Module):
             name_or_path: such as "Zyphra/Zamba2-1.2B", or a directory with config.json and weights.
             dtype: of computation; None takes the config's, then the file's.
             param_dtype: of the stored parameters; None is `dtype`.
-            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`); None puts them on the default device.
+            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`); None puts them on the default
+                device.
             revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
 
         Raises:
             FileNotFoundError: no such directory or no config.json in it.
-            ValueError: another kind of model, or tensors that are missing, unexpected, misshapen, truncated or contradictory; all are named.
+            ValueError: another kind of model, or tensors that are missing, unexpected, misshapen, truncated or
+                contradictory; all are named.
         """
         return load_pretrained(
             cls,
@@ -105,12 +108,28 @@ class PretrainedModel(nnx.Module):
             local_files_only=local_files_only,
         )
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
-        """Writes config.json, generation_config.json and safetensors that transformers' `from_pretrained` loads, bit for bit.
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_shard_size: str | int = "5GB",
+        dtype: DTypeLike | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes config.json, generation_config.json and safetensors that transformers' `from_pretrained` loads, bit
+        for bit.
 
-        Nothing is left behind if writing fails; an existing directory that holds something else is refused.
+        Args:
+            path: a directory: new, empty, or holding nothing but a checkpoint, which is replaced.
+            max_shard_size: of one file, such as "2GB".
+            dtype: to store weights in; None is `param_dtype`.
+            overwrite: write even among files that are no part of a checkpoint; they stay.
+
+        Raises:
+            ValueError: `path` holds something else, or an argument makes no sense.
+            OSError: it cannot be written; nothing is left behind.
         """
-        save_pretrained(self, path, max_shard_size=max_shard_size)
+        save_pretrained(self, path, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> Zamba2Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens; dtype None is the compute dtype."""
@@ -120,14 +139,15 @@ class PretrainedModel(nnx.Module):
 class Zamba2Model(PretrainedModel):
     """Embedding, Mamba2 layers with shared transformer blocks woven in, final norm.
 
-    Every layer is a Mamba2 layer. Before a hybrid layer's mixer, a shared transformer block reads the stream together with the original
-    embedding, and its output joins the mixer's input. Blocks are stored once (`shared_blocks`); what each use owns is in
-    `shared_block_uses`, in the order of the hybrid layers.
+    Every layer is a Mamba2 layer. Before a hybrid layer's mixer, a shared transformer block reads the stream together
+    with the original embedding, and its output joins the mixer's input. Blocks are stored once (`shared_blocks`); what
+    each use owns is in `shared_block_uses`, in the order of the hybrid layers.
 
     Args:
         config: the architecture.
         dtype: of computation.
-        param_dtype: of stored parameters; None is `dtype`. float32 parameters with bfloat16 computation is the setting for training.
+        param_dtype: of stored parameters; None is `dtype`. float32 parameters with bfloat16 computation is the setting
+            for training.
         rngs: for the initial weights.
     """
 
@@ -171,14 +191,16 @@ class Zamba2Model(PretrainedModel):
 
         Args:
             input_ids: (b, l) integers in [0, vocab_size). Either these or `inputs_embeds`.
-            attention_mask: (b, l), 1 or True at real tokens, for this call's tokens; or (b, length + l) with a cache, for past and new ones,
-                of which the last l are read. Masked tokens before a row's first and after its last real one are absent: the row continues as
-                if it had not been padded. Between real tokens they are hidden, but time passes.
-            position_ids: (b, l) or (1, l), for the rotary embedding. None counts from each row's first real token, or from the cache's.
+            attention_mask: (b, l), 1 or True at real tokens, for this call's tokens; or (b, length + l) with a cache,
+                for past and new ones, of which the last l are read. Masked tokens before a row's first and after its
+                last real one are absent: the row continues as if it had not been padded. Between real tokens they are
+                    hidden, but time passes.
+            position_ids: (b, l) or (1, l), for the rotary embedding. None counts from each row's first real token, or
+                from the cache's.
             past_key_values: continue from this cache; the call takes the next l of its slots.
             inputs_embeds: (b, l, d), in place of embedded `input_ids`.
-            segment_ids: (b, l) integers for packed rows: convolution, state, attention and positions do not cross from one segment to the
-                next. Not together with a cache.
+            segment_ids: (b, l) integers for packed rows: convolution, state, attention and positions do not cross from
+                one segment to the next. Not together with a cache.
             use_cache: return a cache; implied by `past_key_values`.
             output_attentions: return attention probabilities (computed the plain way, (b, heads, l, keys) each).
             output_hidden_states: return the input of every layer and the final state.
@@ -186,8 +208,9 @@ class Zamba2Model(PretrainedModel):
             dropout_key: a `jax.random` key turns `config.attention_dropout` on, as in training. None: no dropout.
 
         Raises:
-            ValueError: before anything runs, for inputs that contradict each other, have the wrong shape, hold ids outside the vocabulary,
-                or do not fit into the cache. Values are checked where they are concrete, so not under jit.
+            ValueError: before anything runs, for inputs that contradict each other, have the wrong shape, hold ids
+                outside the vocabulary, or do not fit into the cache. Values are checked where they are concrete, so not
+                under jit.
         """
         inputs = check_inputs(
             self.config,
@@ -226,10 +249,7 @@ class Zamba2Model(PretrainedModel):
         context = self._attention_context(layout, past, slot_mask, output_attentions)
         dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hybrid_layers)
 
-        if inputs.embeds is None:
-            embedded = self.embed_tokens(inputs.ids)
-        else:
-            embedded = inputs.embeds.astype(self.dtype)
+        embedded = self.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds.astype(self.dtype)
 
         hidden = embedded
         all_hidden, all_weights = [], []
@@ -297,7 +317,8 @@ class Zamba2Model(PretrainedModel):
 
 
 class Zamba2ForCausalLM(PretrainedModel):
-    """Zamba2Model with a language-model head, tied to the embedding unless `config.tie_word_embeddings` is False. Arguments as there."""
+    """Zamba2Model with a language-model head, tied to the embedding unless `config.tie_word_embeddings` is False.
+    Arguments as there."""
 
     def __init__(
         self,
@@ -311,9 +332,7 @@ class Zamba2ForCausalLM(PretrainedModel):
         layer = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
         self.model = Zamba2Model(config, **layer)
         head = {"axes": ("embed", "vocab"), "std": config.initializer_range, **layer}
-        self.lm_head = (
-            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, **head)
-        )
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, **head)
 
     def __call__(
         self,
@@ -334,10 +353,10 @@ class Zamba2ForCausalLM(PretrainedModel):
         """Next-token scores, and the loss if labels are given.
 
         Args:
-            labels: (b, l) integers, usually `input_ids` themselves: the shift by one happens here. -100 is not counted; neither is, in a packed
-                row, the last token of a segment, whose successor belongs to another document.
-            logits_to_keep: compute scores for the last so many tokens only; 0 for all. Or a 1-D integer array: for those columns. The loss
-                needs them all.
+            labels: (b, l) integers, usually `input_ids` themselves: the shift by one happens here. -100 is not counted;
+                neither is, in a packed row, the last token of a segment, whose successor belongs to another document.
+            logits_to_keep: compute scores for the last so many tokens only; 0 for all. Or a 1-D integer array: for
+                those columns. The loss needs them all.
             The others: as in `Zamba2Model.__call__`.
 
         Raises:
@@ -346,7 +365,9 @@ class Zamba2ForCausalLM(PretrainedModel):
         if labels is not None:
             labels = _check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size)
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-                raise ValueError("labels need the scores of every token: leave logits_to_keep at 0, or leave labels out.")
+                raise ValueError(
+                    "labels need the scores of every token: leave logits_to_keep at 0, or leave labels out."
+                )
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -381,7 +402,8 @@ class Zamba2ForCausalLM(PretrainedModel):
 
 
 class Zamba2ForSequenceClassification(PretrainedModel):
-    """Zamba2Model with a linear head on each row's last real token. Arguments as in `Zamba2Model`; `config.num_labels` scores."""
+    """Zamba2Model with a linear head on each row's last real token. Arguments as in `Zamba2Model`; `config.num_labels`
+    scores."""
 
     def __init__(
         self,
@@ -414,18 +436,18 @@ class Zamba2ForSequenceClassification(PretrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Class scores (b, num_labels), and the loss if labels are given.
 
-        The row's last real token is the last one that is not `config.pad_token_id`, as in transformers. With `inputs_embeds` it is the last one
-        of `attention_mask`, or the last column without a mask.
+        The row's last real token is the last one that is not `config.pad_token_id`, as in transformers. With
+        `inputs_embeds` it is the last one of `attention_mask`, or the last column without a mask.
 
         Args:
-            labels: (b,) integers for single-label classification; (b, num_labels) 0 or 1 for multi-label; (b,) or (b, num_labels) floats for
-                regression. `config.problem_type` decides; where it is None: regression for one label, single-label for integers, else
-                multi-label.
+            labels: (b,) integers for single-label classification; (b, num_labels) 0 or 1 for multi-label; (b,) or (b,
+                num_labels) floats for regression. `config.problem_type` decides; where it is None: regression for one
+                label, single-label for integers, else multi-label.
             The others: as in `Zamba2Model.__call__`.
 
         Raises:
-            ValueError: as in `Zamba2Model.__call__`; labels whose shape does not fit the problem; several rows in a model without a padding
-                token.
+            ValueError: as in `Zamba2Model.__call__`; labels whose shape does not fit the problem; several rows in a
+                model without a padding token.
         """
         outputs = self.model(
             input_ids,
@@ -461,7 +483,8 @@ class Zamba2ForSequenceClassification(PretrainedModel):
         batch_size, length, _ = shape
         if self.config.pad_token_id is None and batch_size > 1:
             raise ValueError(
-                f"a batch of {batch_size} rows needs config.pad_token_id to find each row's last token; set it, or pass rows one at a time."
+                f"a batch of {batch_size} rows needs config.pad_token_id to find each row's last token; set it, "
+                "or pass rows one at a time."
             )
         if input_ids is not None and self.config.pad_token_id is not None:
             real = jnp.asarray(input_ids) != self.config.pad_token_id

@@ -1,7 +1,7 @@
 """Where arrays live: the logical axes of this model, and the one table that maps them to the axes of a device mesh.
 
-Layers name logical axes only (`nnx.Param(..., out_sharding=("embed", "mlp"))`); this module alone knows mesh axes. Changing the strategy
-means changing `RULES`.
+Layers name logical axes only (`nnx.Param(..., out_sharding=("embed", "mlp"))`); this module alone knows mesh axes.
+Changing the strategy means changing `RULES`.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
-# Logical axis -> mesh axis. Heads, widths and vocabulary are split over `tensor`; the model width, which every matrix has on one side, over
-# `fsdp`. What is not listed, or listed as None, is replicated.
+# Logical axis -> mesh axis. Heads, widths and vocabulary are split over `tensor`; the model width, which every matrix
+# has on one side, over `fsdp`. What is not listed, or listed as None, is replicated.
 RULES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "embed": "fsdp",
@@ -58,7 +58,8 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
         mesh: its axes are a subset of `MESH_AXES`.
 
     Raises:
-        ValueError: an axis of the mesh that is not ours, or a parameter dimension that the mesh does not divide (all are listed).
+        ValueError: an axis of the mesh that is not ours, or a parameter dimension that the mesh does not divide (all
+            are listed).
     """
     foreign = [axis for axis in mesh.axis_names if axis not in MESH_AXES]
     if foreign:

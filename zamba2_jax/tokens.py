@@ -14,13 +14,15 @@ from jaxtyping import Array, Bool, Int, Int32
 class TokenLayout:
     """Where the real tokens of one call are.
 
-    In each row the columns from the first real token to the last are its *run*. Masked columns outside the run are padding: absent, for
-    state, time and positions alike, so that a padded row continues as the same row unpadded. Masked columns inside the run are hidden, but
-    time passes over them, as in transformers.
+    In each row the columns from the first real token to the last are its *run*. Masked columns outside the run are
+        padding: absent, for
+    state, time and positions alike, so that a padded row continues as the same row unpadded. Masked columns inside the
+    run are hidden, but time passes over them, as in transformers.
 
     Attributes:
         token_mask: (b, l), True at real tokens; None when all are.
-        run_start, run_end: (b,), the run is columns run_start to run_end - 1; equal where a row has no real token. None with token_mask.
+        run_start, run_end: (b,), the run is columns run_start to run_end - 1; equal where a row has no real token. None
+            with token_mask.
         time_mask: (b, l), True inside the run. None with token_mask.
         segment_ids: (b, l), which document of a packed row a token belongs to; None when rows are not packed.
         positions: (b, l), for the rotary embedding.
@@ -46,7 +48,8 @@ class TokenLayout:
         position_ids: Int[Array, "b l"] | None,
         first_position: Int32[Array, " b"] | None,
     ) -> TokenLayout:
-        """Positions count from `first_position` (0 without one) at the run's start, or from 0 in each segment, unless given."""
+        """Positions count from `first_position` (0 without one) at the run's start, or from 0 in each segment, unless
+        given."""
         columns = jnp.arange(length, dtype=jnp.int32)[None]
         run_start = run_end = time_mask = None
         if token_mask is not None:
@@ -66,7 +69,8 @@ class TokenLayout:
             positions = columns - _segment_starts(segment_ids)
             next_position = positions[:, -1:] + 1
         else:
-            # Padding before the run would count down below zero; nothing reads it, but a rotation of it should stay ordinary.
+            # Padding before the run would count down below zero; nothing reads it, but a rotation of it should stay
+            # ordinary.
             positions = first + jnp.maximum(columns - start, 0)
             next_position = first + end - start
         return cls(token_mask, run_start, run_end, time_mask, segment_ids, positions, next_position[:, 0])

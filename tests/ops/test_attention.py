@@ -21,6 +21,7 @@ BATCH, QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 11, 6, 3, 5
 # Weighted means of at most 11 float32 values of size 1 to 3, the weights from sums of 5 products.
 TOLERANCE = 5e-6
 
+
 @pytest.fixture(params=["reference", "xla"])
 def implementation(request):
     return request.param
@@ -312,7 +313,8 @@ def test_splash_compiles_for_a_tpu(head_dim):
 
 
 class TestBlockedCausal:
-    """The "xla" form of causal attention takes queries in blocks: groups of several and a rest, whole blocks only, less than one."""
+    """The "xla" form of causal attention takes queries in blocks: groups of several and a rest, whole blocks only, less
+    than one."""
 
     @pytest.mark.parametrize(("length", "groups"), [(3 * BLOCK + 37, 2), (2 * BLOCK, 8), (1, 8)])
     def test_values_and_gradients(self, monkeypatch, length, groups):

@@ -22,8 +22,8 @@ def _clipped_gelu(x: jax.Array) -> jax.Array:
 
 
 def _laplace(x: jax.Array) -> jax.Array:
-    # The Laplace attention function of MEGA (arXiv 2209.10655, eq. 16) with its constants mu = sqrt(1/2), sigma = sqrt(1/(4 pi)), rounded as
-    # transformers rounds them.
+    # The Laplace attention function of MEGA (arXiv 2209.10655, eq. 16) with its constants mu = sqrt(1/2), sigma =
+    # sqrt(1/(4 pi)), rounded as transformers rounds them.
     return 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 

@@ -25,7 +25,8 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike)
 class Linear(nnx.Module):
     """y = x W (+ bias), W of shape (in, *out).
 
-    `out` may have two axes: (2, width) holds two matrices side by side, computed as one product, of which each still splits evenly over
+    `out` may have two axes: (2, width) holds two matrices side by side, computed as one product, of which each still
+        splits evenly over
     devices along `width`.
     """
 

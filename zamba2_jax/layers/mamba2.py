@@ -25,8 +25,8 @@ class Mamba2Mixer(nnx.Module):
     3. dt = softplus(dt + dt_bias), A = -exp(A_log); run the state-space recurrence.
     4. Normalise y · silu(z) by groups and project back.
 
-    The reference's one `in_proj` is three here (z and x; B and C; dt), and its one convolution two (x; B and C), so that each part splits
-    evenly by heads or groups over devices.
+    The reference's one `in_proj` is three here (z and x; B and C; dt), and its one convolution two (x; B and C), so
+    that each part splits evenly by heads or groups over devices.
     """
 
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -49,7 +49,8 @@ class Mamba2Mixer(nnx.Module):
         self.dt_proj = Linear(config.hidden_size, heads, axes=("embed", "mamba_heads"), **linear)
         self.conv_x = DepthwiseConv(config.mamba_d_conv, (inner,), axes=("mamba_inner",), **conv)
         self.conv_bc = DepthwiseConv(config.mamba_d_conv, (2, groups_state), axes=(None, "mamba_groups"), **conv)
-        # float32 whatever param_dtype is: they pass through exp and softplus, where bfloat16's eight bits cost whole percents of a decay.
+        # float32 whatever param_dtype is: they pass through exp and softplus, where bfloat16's eight bits cost whole
+        # percents of a decay.
         self.A_log = param(jnp.log(jnp.arange(1, heads + 1, dtype=jnp.float32)), ("mamba_heads",))
         self.D = param(jnp.ones((heads,), jnp.float32), ("mamba_heads",))
         self.dt_bias = param(_initial_dt_bias(config, rngs), ("mamba_heads",))

@@ -1,6 +1,5 @@
 """Rotary position embedding, the rotate-half kind over the whole head dim (arXiv 2104.09864)."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

@@ -1,8 +1,8 @@
 """The shared transformer block, stored once, and what each use of it owns (arXiv 2411.15242, figure 2; transformers'
 `Zamba2AttentionDecoderLayer` and `Zamba2HybridLayer`).
 
-Hybrid layer j runs block j mod num_mem_blocks. A use brings its own low-rank adapters and its own output matrix `linear`; everything else
-belongs to the block.
+Hybrid layer j runs block j mod num_mem_blocks. A use brings its own low-rank adapters and its own output matrix
+`linear`; everything else belongs to the block.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class AttentionContext:
 
     Attributes:
         rotation: cosines and sines (b, l, head_dim/2), or None without RoPE.
-        segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment; padding is a segment of its own.
+        segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment; padding is a
+            segment of its own.
         mask: (b, l, slots) or None: with a cache, the slots that each token sees.
         first_slot: () int32 or None: with a cache, the slot of the call's first column.
         dropout_key: key for attention dropout, or None for none.
@@ -47,7 +48,8 @@ class AttentionContext:
 
 
 class SharedAttention(nnx.Module):
-    """Causal attention of width 2d, read from [hidden, embedding] and projected back to d. Scores are scaled by (head_dim / 2)^-1/2."""
+    """Causal attention of width 2d, read from [hidden, embedding] and projected back to d. Scores are scaled by
+    (head_dim / 2)^-1/2."""
 
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config

@@ -46,9 +46,11 @@ def attention(
       is_causal: query i may see keys 0...i; needs l = s.
       segment_ids: None, or a pair of integer arrays (b, l) and (b, s): a query may see the keys of its own segment.
         The three conditions are joined by "and". A query that may see nothing gets an unspecified but finite result.
-      implementation: "reference", einsum and softmax; "xla", blocks of queries where is_causal is the only condition besides
-        segment_ids (no (l, l) scores in memory), else jax.nn.dot_product_attention; "cudnn", the latter's kernel; "splash",
-        the TPU kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can serve, and else xla.
+      implementation: "reference", einsum and softmax; "xla", blocks of queries where is_causal is the only condition
+          besides
+        segment_ids (no (l, l) scores in memory), else jax.nn.dot_product_attention; "cudnn", the latter's kernel;
+        "splash", the TPU kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can
+        serve, and else xla.
 
     Returns:
       (b, l, heads, head_dim) in query's dtype.
@@ -78,9 +80,7 @@ def attention(
         case "splash":
             return _splash(query, key, value, scale, segment_ids)
         case "xla" if is_causal and mask is None:
-            return causal_attention(
-                query, key, value, scale=scale, segment_ids=segment_ids, masked_score=MASKED_SCORE
-            )
+            return causal_attention(query, key, value, scale=scale, segment_ids=segment_ids, masked_score=MASKED_SCORE)
         case _:
             # Causality is handed over as such, not as a mask: cuDNN then skips the upper half.
             mask = _join(mask, False, segment_ids, query, key)

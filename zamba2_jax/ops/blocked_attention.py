@@ -1,14 +1,16 @@
-"""Causal attention in plain XLA, a block of queries at a time: no (l, l) scores in memory, and little work above the diagonal.
+"""Causal attention in plain XLA, a block of queries at a time: no (l, l) scores in memory, and little work above the
+diagonal.
 
-What `jax.nn.dot_product_attention` does for the same arguments takes all scores at once; on two CPU cores, float32, 12 heads of 128, this took
-190 ms where that took 337 at length 2048, and 11 ms where that took 15 at length 512.
+What `jax.nn.dot_product_attention` does for the same arguments takes all scores at once; on two CPU cores, float32, 12
+heads of 128, this took 190 ms where that took 337 at length 2048, and 11 ms where that took 15 at length 512.
 """
 
 import jax
 import jax.numpy as jnp
 
 BLOCK = 256
-# Blocks are run in at most this many groups; those of a group take the same keys, up to the group's last query, one block after the other.
+# Blocks are run in at most this many groups; those of a group take the same keys, up to the group's last query, one
+# block after the other.
 GROUPS = 8
 
 
@@ -21,7 +23,8 @@ def causal_attention(
     segment_ids: tuple[jax.Array, jax.Array] | None,
     masked_score: float,
 ) -> jax.Array:
-    """Shapes as in `ops.attention.attention`, with as many queries as keys. The backward pass recomputes each block's weights."""
+    """Shapes as in `ops.attention.attention`, with as many queries as keys. The backward pass recomputes each block's
+    weights."""
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     # Heads before the length: the products are then plain batched ones.
@@ -38,9 +41,7 @@ def causal_attention(
         scores = jnp.where(visible, scores, masked_score)
         # Normalised after the product with the values: that is head_dim numbers a query instead of one for every key.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        mixed = jnp.einsum(
-            "bkgls,bksd->bkgld", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
+        mixed = jnp.einsum("bkgls,bksd->bkgld", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (mixed / weights.sum(axis=-1, keepdims=True)).astype(query.dtype)
 
     def of_block(start):
