@@ -158,6 +158,21 @@ def test_labels_are_one_fact():
     assert repr(named.id2label) == "{0: 'a', 1: 'b', 2: 'c'}"
 
 
+def test_replace_works_out_the_base_of_rope_anew():
+    shape = Zamba2Config.zamba2_1_2b
+    assert shape().replace(rope_theta=5e5) == shape(rope_theta=5e5)
+    assert shape(rope_theta=5e5).replace(rope_theta=1e4) == shape()
+    assert shape(rope_theta=5e5).replace(adapter_rank=4).rotary_base == 5e5
+    assert shape(rope_theta=5e5).replace(rope_parameters={"rope_theta": 1e4}).rotary_base == 1e4
+    assert shape(rope_theta=5e5).replace(rope_parameters=None).rotary_base == 5e5
+    long = shape().replace(use_long_context=True)
+    assert long == shape(use_long_context=True)
+    assert long.replace(use_long_context=False).rotary_base == 1e4
+    fewer_heads = {"num_attention_heads": 16, "num_key_value_heads": None}
+    assert long.replace(**fewer_heads) == shape(use_long_context=True, **fewer_heads)
+    assert long.replace(**fewer_heads).rotary_base == pytest.approx(1e4 * 8 ** (256 / 254))
+
+
 def test_replace_rebuilds_what_hangs_together():
     config = small(id2label={0: "a", 1: "b", 2: "c"})
     assert config.replace(adapter_rank=4).id2label == config.id2label

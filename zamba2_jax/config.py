@@ -56,9 +56,9 @@ class Zamba2Config:
         RoPE: see `rotary_base`. RoPE is applied only with `use_mem_rope`.
     `use_conv_bias`
         False builds the convolutions without a bias. transformers ignores the field and always has one.
-    `use_mamba_kernels`, `use_mem_eff_path`, `num_logits_to_keep`
-        Choose PyTorch kernels and a default of PyTorch's `generate`. Kept so that a file survives a round trip; no
-        effect here.
+    `use_mamba_kernels`, `use_mem_eff_path`, `use_cache`, `num_logits_to_keep`
+        Choose PyTorch kernels and defaults of PyTorch's calls. Kept so that a file survives a round trip; no effect
+        here, where a call returns a cache if its own `use_cache` says so and `generate` always uses one.
     `num_labels`, `id2label`, `label2id`
         One fact in three forms: either map decides the others, and `num_labels` alone names LABEL_0, LABEL_1, ...
     `dtype`
@@ -261,14 +261,18 @@ class Zamba2Config:
 
         Fields that construction filled in (`intermediate_size`, `num_key_value_heads`, `max_position_embeddings` under
         `use_long_context`) keep their values; pass None to the first two to derive them again. A change of one of
-        `num_labels`, `id2label` and `label2id` replaces all three.
+        `num_labels`, `id2label` and `label2id` replaces all three. The base of RoPE is worked out anew from
+        `rope_theta`, or from `rope_parameters` where they are given.
+
+        `dataclasses.replace` does not know these rules: it would hand the old `rope_parameters` to the new config.
         """
         labels = {"num_labels": 2, "id2label": None, "label2id": None}
         if labels.keys() & changes.keys():
             changes = labels | changes
-        if "rope_parameters" in changes:
+        if changes.get("rope_parameters") is not None:
             changes = {"rope_theta": TRAINED_ROPE_THETA} | changes
-        return dataclasses.replace(self, **changes)
+        # Unless told otherwise dataclasses.replace takes the property of this name, which is the old config's base.
+        return dataclasses.replace(self, **{"rope_parameters": None} | changes)
 
     # ---- the published shapes ----
 
