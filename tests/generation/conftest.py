@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.oracle import layer_types, pair
+from bench.oracle import layer_types, pair
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from flax import nnx
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 
-from tests.oracle import jit_call
-from zamba2_jax import Zamba2ForCausalLM
+from bench.oracle import jit_call
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
 from zamba2_jax.generation import GenerateOutput, programs
 
 NEW = 10
@@ -240,14 +241,30 @@ def test_seeds(model, rows):
 # ---- programs ----
 
 
-def test_twenty_lengths_compile_few_programs(model):
-    """Everything that XLA compiles is counted. A batch of two: its programs are no other test's."""
+def test_twenty_lengths_compile_few_programs():
+    """Everything that XLA compiles is counted, for a model whose programs are no other test's. The third class, up to
+    16384 tokens, counts like these two: test_prompt.py.
+    """
+    config = Zamba2Config(
+        vocab_size=131,
+        hidden_size=16,
+        num_hidden_layers=2,
+        layers_block_type=["mamba", "hybrid"],
+        n_mamba_heads=2,
+        mamba_d_state=4,
+        num_attention_heads=2,
+        adapter_rank=2,
+        max_position_embeddings=16384,
+    )
+    model = Zamba2ForCausalLM(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    lengths = [1, 2, 3, 5, 17, 31, 32, 33, 64, 65, 100, 128, 255, 257, 300, 511, 777, 1000, 1500, 2000]
+    lengths = [1, 2, 3, 17, 32, 33, 64, 128, 129, 257, 511, 777, 1018, 1019, 1024, 1500, 2000, 3333, 4090, 5000]
     with compilations() as compiled:
-        for new, length in enumerate(lengths, start=1):
-            model.generate(rng.integers(3, 131, (2, length)), max_new_tokens=new % 5 + 1, eos_token_id=None)
-    assert 0 < len(compiled) <= 6
+        for length in lengths[:-1]:
+            model.generate(rng.integers(3, 131, (1, length)), max_new_tokens=length % 5 + 1, eos_token_id=None)
+        assert len(compiled) == 4
+        model.generate(rng.integers(3, 131, (1, lengths[-1])), max_new_tokens=2, eos_token_id=None)
+    assert len(compiled) == 6
 
 
 def test_numeric_options_and_lengths_compile_nothing(model, rows):

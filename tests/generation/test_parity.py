@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracle import to_torch
+from bench.oracle import to_torch
 
 
 def both(models, ids, mask, **options):

@@ -112,8 +112,9 @@ def generate(
     Rows may be padded on either side, and each is continued as it would be alone. (As in transformers,
     `no_repeat_ngram_size` sees the padding to a row's left, and `min_length` and `max_length` count it.)
 
-    The prompt is read in chunks of a few fixed sizes, and the whole token loop runs on the device, so prompts of all
-    lengths share a handful of compiled programs, and so do all values of numeric options.
+    The prompt is read in chunks of a fixed size, and the whole token loop runs on the device. Texts (prompt and new
+    tokens) of up to 1024, 4096, 16384, … tokens share two compiled programs each, one that reads the prompt and one
+    that adds tokens, and so do all values of numeric options.
 
     Args:
         model: a `Zamba2ForCausalLM`; as a method, the model itself.
@@ -134,14 +135,16 @@ def generate(
             end-of-sequence id fills: transformers does so).
         return_dict_in_generate, output_scores, output_logits: return a `GenerateOutput` or `GenerateBeamOutput`. Scores
             and logits are fetched after every token, which costs speed.
-        prefill_chunk: columns per prefill call (transformers: `prefill_chunk_size`). None chooses.
+        prefill_chunk: columns per prefill call (transformers: `prefill_chunk_size`). None takes 128, 512 or 2048 for
+            texts of up to 1024, 4096 or more tokens, and less for many rows.
         seed: integer in [0, 2**32). Equal seeds draw equal tokens, streaming or not. None: a fresh one from the
             operating system.
         streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompt (b, l), then
             each step's tokens (b,), as from transformers. Not for beam search.
         stream_block: tokens to compute between two deliveries. None adapts to about 20 deliveries a second.
         past_key_values: a cache that holds the beginning of `input_ids`; only the rest is read. It stays valid.
-        cache_length: slots for keys and values. None takes the smallest of 1024, 4096, 16384, … that is enough.
+        cache_length: slots for keys and values. None takes the smallest of 1024, 4096, 16384, … that holds the text,
+            and room for padding the prompt to whole chunks: 1152, 4608, 18432, ….
         inputs_embeds: not supported.
 
     Returns:

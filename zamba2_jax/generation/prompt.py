@@ -13,14 +13,15 @@ import numpy as np
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.generation.processors import Prompt
 
-# Cache slots come in these sizes, so that prompts of many lengths share programs: each size compiles its own.
-_SMALLEST_CAPACITY = 1024
-_CAPACITY_FACTOR = 4
-
-# (longest prompt, columns per prefill call). A call reads all weights once, and on a GPU of 1000 TFLOP/s and 5 TB/s
-# some 200 tokens take as long as that reading; a short prompt is not padded far beyond its length, a long one fills the
-# matrix units.
-_CHUNKS = ((256, 64), (768, 256), (4096, 512), (None, 2048))
+# Texts (prompt and new tokens) are served in classes of up to 1024, 4096, 16384, ... tokens. A class has one chunk and
+# one number of cache slots, so that it has one program for the prefill and one for the loop, whatever the length.
+_SMALLEST_TEXT = 1024
+_TEXT_FACTOR = 4
+# Columns per prefill call: an eighth of the class, so that a prompt of any length is read in a few calls without being
+# padded far, but no more than fill the matrix units.
+_CHUNKS_PER_TEXT = 8
+_LARGEST_CHUNK = 2048
+_SMALLEST_CHUNK = 64
 # Activations of one call stay within this many tokens, whatever the number of rows.
 _TOKENS_PER_CALL = 16384
 
@@ -121,7 +122,9 @@ def plan_prefill(
 ) -> Prefill:
     """Chooses chunk size and capacity and lays the prompt out for the prefill program.
 
-    With a `cache`, each row's first `cache.next_position` real tokens are in it already and are skipped.
+    Both depend on the text's class alone (and the chunk on the number of rows): two programs per class, prefill and
+    loop. With a `cache`, each row's first `cache.next_position` real tokens are in it already and are skipped; the
+    chunk is then that of the class of the rest, because padding would fill the cache.
 
     Raises:
         ValueError: too few slots; a cache of another batch or that already holds the whole prompt.
@@ -131,12 +134,15 @@ def plan_prefill(
     if cache is not None:
         mask = mask & (counts > _cached_tokens(prompt, cache)[:, None])
     length = int(prompt.length - mask.any(axis=0).argmax())
-    chunk = _chunk(mask[:, prompt.length - length :], prefill_chunk)
+    rows = prompt.input_ids.shape[0]
+    chunk = _fixed_chunk(mask[:, prompt.length - length :], prefill_chunk)
+    if chunk is None:
+        chunk = _chunk(length + max_new_tokens if cache is None else length, rows)
     chunks = -(-length // chunk)
-    capacity = _capacity(chunk * chunks, max_new_tokens, cache_length, cache)
+    capacity = _capacity(length, chunk * chunks, max_new_tokens, cache_length, cache)
 
-    columns = max(capacity, chunk * chunks) if cache is None else _bucket(chunk * chunks)
-    shape = (prompt.input_ids.shape[0], columns)
+    columns = capacity if cache is None else _slots(chunk * chunks)
+    shape = (rows, columns)
     ids, positions, real = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
     target = slice(chunk * chunks - length, chunk * chunks)
     ids[:, target] = prompt.tokens[:, -length:]
@@ -154,7 +160,7 @@ def token_buffer(prompt: PromptBatch, columns: int, fill: int) -> np.ndarray:
 
 def buffer_columns(prompt: PromptBatch, max_new_tokens: int, prefill: Prefill) -> int:
     """Width of the token buffer: the cache's where it is ours, so that both always change together."""
-    return max(prefill.capacity, _bucket(prompt.length + max_new_tokens))
+    return max(prefill.capacity, _slots(prompt.length + max_new_tokens))
 
 
 def _as_ids(input_ids: Any, vocab_size: int) -> np.ndarray:
@@ -209,38 +215,46 @@ def _cached_tokens(prompt: PromptBatch, cache: Zamba2Cache) -> np.ndarray:
     return cached
 
 
-def _chunk(mask: np.ndarray, prefill_chunk: int | None) -> int:
-    """Columns per prefill call for the tokens of `mask` (b, l)."""
-    rows, length = mask.shape
+def _fixed_chunk(mask: np.ndarray, prefill_chunk: int | None) -> int | None:
+    """Columns per prefill call where the caller or the tokens of `mask` (b, l) decide; None where they are free."""
+    length = mask.shape[1]
     start = mask.argmax(axis=1)
     holes = np.flatnonzero(mask.sum(axis=1) < np.where(mask.any(axis=1), length - start, 0))
-    if holes.size:
-        # Between two chunks a masked token would count as padding, which is absent; inside one it is hidden but time
-        # passes.
-        if prefill_chunk is not None and prefill_chunk < length:
-            raise ValueError(
-                f"prefill_chunk={prefill_chunk} would cut a prompt with masked tokens between real ones (row "
-                f"{holes[0]}), which must be read in one call; leave prefill_chunk out."
-            )
-        return max(_CHUNKS[0][1], 1 << (length - 1).bit_length())
-    if prefill_chunk is not None:
+    if not holes.size:
         return prefill_chunk
-    sizes = [chunk for _, chunk in _CHUNKS]
-    wanted = next(chunk for longest, chunk in _CHUNKS if longest is None or length <= longest)
-    return max(chunk for chunk in sizes if chunk == sizes[0] or (chunk <= wanted and chunk * rows <= _TOKENS_PER_CALL))
+    # Between two chunks a masked token would count as padding, which is absent; inside one it is hidden but time
+    # passes.
+    if prefill_chunk is not None and prefill_chunk < length:
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk} would cut a prompt with masked tokens between real ones (row "
+            f"{holes[0]}), which must be read in one call; leave prefill_chunk out."
+        )
+    return max(_SMALLEST_CHUNK, 1 << (length - 1).bit_length())
 
 
-def _capacity(padded: int, max_new_tokens: int, cache_length: int | None, cache: Zamba2Cache | None) -> int:
+def _chunk(tokens: int, rows: int) -> int:
+    """Columns per prefill call for the class of a text of `tokens`, less for many rows."""
+    chunk = _class_chunk(_class(tokens))
+    while chunk > _SMALLEST_CHUNK and chunk * rows > _TOKENS_PER_CALL:
+        chunk //= 2
+    return chunk
+
+
+def _capacity(
+    length: int, padded: int, max_new_tokens: int, cache_length: int | None, cache: Zamba2Cache | None
+) -> int:
     """Slots of the cache. The last new token is never fed back, so it needs none."""
     needed = padded + max_new_tokens - 1
     if cache is None:
-        capacity = _bucket(needed + 1) if cache_length is None else cache_length
-        if needed > capacity:
+        if cache_length is None:
+            # The second is the larger one only where prefill_chunk or masked tokens made the padding longer.
+            return max(_class_slots(_class(length + max_new_tokens)), _slots(needed))
+        if needed > cache_length:
             raise ValueError(
                 f"cache_length must be at least {needed} for a prompt padded to {padded} columns and {max_new_tokens} "
                 f"new tokens, got {cache_length}; raise it, or lower prefill_chunk."
             )
-        return capacity
+        return cache_length
     if cache_length is not None:
         raise ValueError(
             f"cache_length={cache_length} has no use with past_key_values, which has its own; leave it out."
@@ -255,8 +269,26 @@ def _capacity(padded: int, max_new_tokens: int, cache_length: int | None, cache:
     return cache.max_length
 
 
-def _bucket(columns: int) -> int:
-    capacity = _SMALLEST_CAPACITY
-    while capacity < columns:
-        capacity *= _CAPACITY_FACTOR
-    return capacity
+def _class(tokens: int) -> int:
+    """The longest text of the class that a text of `tokens` belongs to."""
+    longest = _SMALLEST_TEXT
+    while longest < tokens:
+        longest *= _TEXT_FACTOR
+    return longest
+
+
+def _class_chunk(longest: int) -> int:
+    return min(longest // _CHUNKS_PER_TEXT, _LARGEST_CHUNK)
+
+
+def _class_slots(longest: int) -> int:
+    """A chunk more than the longest text: padding a prompt to whole chunks never pushes it out of its class."""
+    return longest + _class_chunk(longest)
+
+
+def _slots(columns: int) -> int:
+    """The smallest class's slots that are enough."""
+    longest = _SMALLEST_TEXT
+    while _class_slots(longest) < columns:
+        longest *= _TEXT_FACTOR
+    return _class_slots(longest)
