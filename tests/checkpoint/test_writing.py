@@ -16,6 +16,7 @@ import zamba2_jax
 from tests.checkpoint.files import read, saved, write
 from tests.checkpoint.test_roundtrip import same
 from zamba2_jax.checkpoint import (
+    destination,
     open_parameters,
     orbax,
     save,
@@ -165,6 +166,25 @@ def test_a_failure_leaves_nothing(model, tmp_path, monkeypatch, writer):
             WRITERS[writer](model, tmp_path / "new")
         assert produced > 60
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "message"),
+    [
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"), errno.ENOSPC, "disk is full;"),
+        (ValueError("OUT_OF_RANGE: File too large [os_error_code='27']"), errno.EFBIG, "disk is full, or a file is"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), errno.EDQUOT, "disk is full: the quota is used up;"),
+    ],
+)
+def test_no_room(tmp_path, error, number, message):
+    """tensorstore tells the system's error in the text of a ValueError."""
+    with pytest.raises(OSError, match=message) as raised, destination.writing(tmp_path / "new"):
+        raise error
+    assert raised.value.errno == number
+    assert raised.value.__cause__ is error
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="os_error_code='5'"), destination.writing(tmp_path / "new"):
+        raise ValueError("DATA_LOSS [os_error_code='5']")
 
 
 def test_a_failure_keeps_what_was_there(model, tmp_path, monkeypatch):

@@ -2,6 +2,10 @@
 
 import filecmp
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,34 @@ def test_an_interrupted_conversion_leaves_nothing(pair, tmp_path, run, monkeypat
         code, _, err = run(*arguments)
         assert code == 2
         assert "nothing was left behind" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+_LIMITED = """
+import resource, signal, sys
+from convert.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["from-hf", "to-hf"])
+def test_writes_that_the_system_refuses(pair, tmp_path, command):
+    """One line and nothing left behind, where the system itself fails: Orbax's threads log tracebacks of their own."""
+    source = pair[0] if command == "from-hf" else pair[1]
+    project = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, command, str(source), str(tmp_path / "target")],
+        cwd=project,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: [Errno 27] the disk is full, or a file is larger than ")
+    assert "nothing was left behind of the checkpoint" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

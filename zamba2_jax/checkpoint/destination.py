@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -22,6 +23,11 @@ _REPLACED = (
     "pytorch_model*.bin.index.json",
     ORBAX,
 )
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full: the quota is used up",
+    errno.EFBIG: "the disk is full, or a file is larger than the file system or this process may write",
+}
 _HARMLESS = (*COMPANIONS, "additional_chat_templates", ".gitattributes", ".cache")
 
 
@@ -78,12 +84,21 @@ def writing(destination: Path) -> Iterator[Path]:
     except BaseException as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        number = _error_number(error)
+        if number in _NO_ROOM:
             raise OSError(
-                errno.ENOSPC, f"the disk is full; nothing was left behind of the checkpoint for {destination}"
+                number, f"{_NO_ROOM[number]}; nothing was left behind of the checkpoint for {destination}"
             ) from error
         raise
     _wait_for_all("zamba2_jax: checkpoint in place")
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The system's number of a failure to write; tensorstore has it in the text of a ValueError."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"os_error_code='(\d+)'", str(error)) if isinstance(error, ValueError) else None
+    return int(match[1]) if match else None
 
 
 def _move_into_place(temporary: Path, destination: Path) -> None:

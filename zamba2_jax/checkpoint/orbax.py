@@ -52,6 +52,15 @@ class _LazyArrayHandler(type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
+        self._failures: list[ValueError] = []
+
+    async def _open_and_write(self, value: np.ndarray, *arguments: Any) -> None:
+        # A failure is kept until the whole group is done. Raised here, in Orbax's thread, it would be logged with its
+        # traceback, and each write still under way would find its event loop closed and print another.
+        try:
+            await super()._open_and_write(value, *arguments)
+        except ValueError as error:
+            self._failures.append(error)
 
     async def serialize(
         self, values: Sequence[_LazyArray], infos: Sequence[Any], args: Sequence[ocp.SaveArgs] | None = None
@@ -62,6 +71,8 @@ class _LazyArrayHandler(type_handlers.NumpyHandler):
             futures = await super().serialize(arrays, [infos[p] for p in group], [args[p] for p in group])
             for future in futures:
                 await asyncio.to_thread(future.result)
+            if self._failures:
+                raise self._failures[0]
         return []
 
 
@@ -157,8 +168,6 @@ def write_settings(parameters: Parameters, directory: FilePath, dtype: np.dtype)
             value = getattr(config, name)
             if value is not None:
                 generation[name] = list(value) if isinstance(value, tuple) else value
-    elif not isinstance(generation, dict):
-        generation = generation.to_diff_dict()  # a transformers GenerationConfig
     text = json.dumps(generation, indent=2, sort_keys=True)
     (directory / "generation_config.json").write_text(text + "\n", encoding="utf-8")
     config.replace(dtype=dtype.name, architectures=(parameters.architecture,)).save_pretrained(directory)
