@@ -125,6 +125,79 @@ def test_damaged_headers(bent, content, message):
         CausalLM.from_pretrained(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_offsets": [0]}, "has data_offsets [0], which are no start and end"),
+        ({"data_offsets": "ab"}, 'has data_offsets "ab", which are no start and end'),
+        ({"data_offsets": ["0", "32"]}, 'has data_offsets ["0", "32"], which are no start and end'),
+        ({"data_offsets": [-32, 0]}, "has data_offsets [-32, 0], which are no start and end"),
+        ({"data_offsets": [32, 0]}, "has data_offsets [32, 0], which are no start and end"),
+        ({"data_offsets": [0, 1 << 64]}, "has data_offsets [0, 18446744073709551616], which are no start and end"),
+        ({"data_offsets": None}, "has data_offsets null, which are no start and end"),
+        ({"shape": [8.0]}, "has shape [8.0], which is no list of sizes"),
+        ({"shape": [True]}, "has shape [true], which is no list of sizes"),
+        ({"shape": [-8]}, "has shape [-8], which is no list of sizes"),
+        ({"shape": 8}, "has shape 8, which is no list of sizes"),
+        ({"dtype": ["F32"]}, 'has dtype ["F32"], which is no name'),
+        (3, "has 3 for its description"),
+        ({"dtype": "F33"}, "model.layers.0.mamba.D: is F33 in model.safetensors; only F32, BF16, F16 and F64 can be"),
+        ({"data_offsets": [0, 32]}, "header is damaged: model.layers.0.mamba.D and model.embed_tokens.weight overlap."),
+    ],
+)
+def test_a_damaged_entry_is_one_of_the_faults(bent, change, message):
+    directory = bent(lambda tensors: tensors.pop("model.layers.2.mamba.dt_bias"))
+    _edit_header(directory / "model.safetensors", change)
+    with pytest.raises(ValueError, match=r"model.layers.2.mamba.dt_bias: missing") as error:
+        CausalLM.from_pretrained(directory)
+    assert message in str(error.value)
+
+
+def _edit_header(file, change):
+    """Changes what the header says of one tensor, or replaces it; `[0, 32]` are bytes of another tensor."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = "model.layers.0.mamba.D"
+    header[name] = header[name] | change if isinstance(change, dict) else change
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+
+
+def test_damaged_values_are_not_read(bent):
+    """Copies and convolution biases are read while accounts are settled; a truncated file must not end that."""
+    first = "model.layers.1.shared_transformer.feed_forward.down_proj.weight"
+
+    def change(tensors):
+        tensors[first.replace("layers.1", "layers.5")] = tensors[first].clone()
+
+    directory = bent(change, use_conv_bias=False)
+    os.truncate(directory / "model.safetensors", 20_000)
+    with pytest.raises(ValueError, match=r"1 fault:\n  model.safetensors: truncated: 20000 bytes, but"):
+        CausalLM.from_pretrained(directory)
+
+
+def test_json_without_an_end(bent):
+    directory = bent(lambda tensors: None)
+    (directory / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(ValueError, match="its safetensors header is damaged"):
+        CausalLM.from_pretrained(directory)
+
+
+def test_weight_map_of_other_things(root, tmp_path):
+    directory, index = shard(saved(root, "2.7B"), tmp_path / "shards")
+    names = list(index["weight_map"])
+    for name, value in zip(names, (3, None, ["model-00001-of-00003.safetensors"], {}), strict=False):
+        index["weight_map"][name] = value
+    os.remove(directory / "model-00002-of-00003.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has 2 faults") as error:
+        CausalLM.from_pretrained(directory)
+    shown = ", ".join(sorted(names[:4]))
+    assert f"model.safetensors.index.json: its weight_map has no file name for {shown}." in str(error.value)
+    assert "names model-00002-of-00003.safetensors, which is not there" in str(error.value)
+
+
 def test_a_file_that_shrinks_while_it_is_read(bent):
     directory = bent(lambda tensors: None)
     parameters = open_parameters(directory)

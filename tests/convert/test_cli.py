@@ -118,6 +118,25 @@ def test_an_interrupted_conversion_leaves_nothing(pair, tmp_path, run, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_damaged_files_are_told_by_every_command(pair, tmp_path, run):
+    source = write(tmp_path / "damaged", pair[0], {})
+    header = b'{"model.final_layernorm.weight":{"dtype":"F32","shape":[8],"data_offsets":[0]}}'
+    (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    message = "model.final_layernorm.weight has data_offsets [0], which are no start and end."
+    code, out, err = run("inspect", source)
+    assert (code, err) == (1, "")
+    assert f"1 fault:\n  model.safetensors: its safetensors header is damaged: {message}" in out
+    for arguments in (
+        ("from-hf", source, tmp_path / "x"),
+        ("to-hf", source, tmp_path / "x"),
+        ("verify", source, source),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.startswith("error: the checkpoint in ")
+        assert message in err
+
+
 _LIMITED = """
 import resource, signal, sys
 from convert.cli import main

@@ -149,7 +149,7 @@ def _canonical_names(architecture: str, names: Iterable[str]) -> dict[str, str]:
 
 def _settle_conv_bias(account: Account, names: dict[str, str], files: TensorFiles) -> None:
     """transformers has convolution biases whatever `use_conv_bias` says. Biases that are not zero overrule it."""
-    if account.config.use_conv_bias:
+    if account.config.use_conv_bias or files.faults:  # of damaged files no values can be read
         return
     biases = [name for name in names.values() if name.endswith("mamba.conv1d.bias")]
     readable = [name for name in biases if files.tensors[name].dtype is not None]
@@ -179,9 +179,9 @@ def _settle_other(account: Account, name: str, file_name: str) -> None:
 
 def compare_copies(account: Account, files: TensorFiles) -> list[str]:
     """Reads every tensor that the checkpoint holds more than once; the faults are those that are not equal bit for
-    bit."""
+    bit. Of damaged files nothing is read."""
     faults = []
-    for first, copy in account.copies:
+    for first, copy in account.copies if not files.faults else ():
         one, other = files.tensors[first], files.tensors[copy]
         if one.shape != other.shape or one.dtype is None or other.dtype is None:
             continue  # a fault of its own

@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"There is no {path.name} in {path.parent}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where an object belongs.")
@@ -173,8 +173,12 @@ def _open_indexed(directory: Path, index: Path, read: Reader) -> TensorFiles:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map.")
-    names = sorted(set(weight_map.values()))
     faults, present = [], []
+    lost = {tensor for tensor, name in weight_map.items() if not isinstance(name, str)}
+    if lost:
+        shown = ", ".join(sorted(lost)[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        faults.append(f"{index.name}: its weight_map has no file name for {shown}.")
+    names = sorted({name for name in weight_map.values() if isinstance(name, str)})
     for name in names:
         # An index comes from elsewhere; it may only name files beside it.
         if Path(name).name != name:
@@ -189,7 +193,7 @@ def _open_indexed(directory: Path, index: Path, read: Reader) -> TensorFiles:
     for tensor, name in weight_map.items():
         if tensor in found.tensors:
             continue
-        if name in readable:
+        if tensor not in lost and name in readable:
             faults.append(f"{tensor}: {index.name} puts it into {name}, which does not hold it.")
         found.lost.add(tensor)
     for tensor, info in found.tensors.items():

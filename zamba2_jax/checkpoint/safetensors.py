@@ -72,16 +72,24 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             return {}, [f"{path.name}: truncated or no safetensors file: {size} bytes do not hold the header."]
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             return {}, [f"{path.name}: its safetensors header is damaged ({error})."]
+    if not isinstance(header, dict):
+        return {}, [f"{path.name}: its safetensors header is damaged (it is no object)."]
+    header.pop("__metadata__", None)
 
-    tensors = {}
+    tensors, entries = {}, {}
+    for name, entry in header.items():
+        fault = _entry_fault(entry)
+        if fault is None:
+            entries[name] = (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        else:
+            faults.append(f"{path.name}: its safetensors header is damaged: {name} has {fault}.")
     data = 8 + length
     end = max((entry[3] for entry in entries.values()), default=0)
     if data + end > size:
         faults.append(f"{path.name}: truncated: {size} bytes, but its header describes {data + end}.")
+    faults += _overlaps(path.name, {name: (begin, stop) for name, (_, _, begin, stop) in entries.items()})
     for name, (dtype_name, shape, begin, stop) in entries.items():
         dtype = DTYPES.get(dtype_name)
         if dtype is not None and stop - begin != math.prod(shape) * dtype.itemsize:
@@ -91,6 +99,42 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             continue
         tensors[name] = TensorInfo(shape, dtype, dtype_name, path.name, _reader(path, dtype, shape, data + begin))
     return tensors, faults
+
+
+def _entry_fault(entry: object) -> str | None:
+    """What is wrong with a header's description of a tensor, as the object of "has"."""
+    if not isinstance(entry, dict):
+        return f"{_shown(entry)} for its description"
+    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        return f"dtype {_shown(dtype)}, which is no name"
+    if not _are_sizes(shape):
+        return f"shape {_shown(shape)}, which is no list of sizes"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets {_shown(offsets)}, which are no start and end"
+    return None
+
+
+def _are_sizes(values: object) -> bool:
+    # Nothing has 2**63 elements or bytes; and True is an int to Python.
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _overlaps(file: str, ranges: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Tensors that claim bytes of another."""
+    faults = []
+    last, reached = "", 0
+    for name, (begin, stop) in sorted(ranges.items(), key=lambda item: item[1]):
+        if begin < min(reached, stop):
+            faults.append(f"{file}: its safetensors header is damaged: {last} and {name} overlap.")
+        if stop > reached:
+            last, reached = name, stop
+    return faults
 
 
 def _reader(
