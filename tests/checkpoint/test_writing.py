@@ -3,6 +3,7 @@
 import errno
 import filecmp
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,38 @@ def test_nonfinite_weights_in_orbax(model, tmp_path):
     save_orbax(broken, tmp_path / "orbax")
     with pytest.warns(UserWarning, match="NaN or infinite weights in .*: model.final_layernorm.scale"):
         CausalLM.from_pretrained(tmp_path / "orbax")
+
+
+def test_weights_too_large_for_the_dtype_are_named(root, tmp_path):
+    """Wherever weights are cast, and without numpy's own warning, which names nothing."""
+    source = saved(root, "2.7B")
+    tensors = read(source)
+    large, nan = "model.layers.2.mamba.in_proj.weight", "model.final_layernorm.weight"
+    tensors[large][3, 4] = 1e6
+    tensors["model.layers.0.mamba.D"][1] = 1e6  # float32 always
+    tensors[nan][0] = float("nan")
+    directory = write(tmp_path / "large", source, tensors)
+    converted, kernel = tmp_path / "converted", "model.layers.2.mamba.zx_proj.kernel"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the NaN
+        write_orbax(open_parameters(directory), converted)
+        model = CausalLM.from_pretrained(directory)
+    half = {"dtype": "float16"}
+    for number, (where, name, cast) in enumerate(
+        (
+            (f" in {directory}", large, lambda target: CausalLM.from_pretrained(directory, **half)),
+            (f" in {directory}", large, lambda target: write_orbax(open_parameters(directory), target, **half)),
+            (f" in {directory}", large, lambda target: write_hugging_face(open_parameters(directory), target, **half)),
+            (f" in {converted}", kernel, lambda target: CausalLM.from_pretrained(converted, **half)),
+            ("", kernel, lambda target: save_pretrained(model, target, **half)),
+        )
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cast(tmp_path / f"out-{number}")
+        texts = [str(warning.message) for warning in caught]
+        assert f"Weights{where} that are too large for float16 became infinite: {name}." in texts
+        assert [text for text in texts if "became" not in text and "NaN or infinite weights in" not in text] == []
 
 
 def test_companions_travel(root, tmp_path):

@@ -130,7 +130,7 @@ def _check_against_table(parameters: Parameters, leaves: dict[Path, nnx.Variable
 
 def _place(parameters: Parameters, path: Path, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
     if sharding is None:
-        value = np.ascontiguousarray(parameters.read(path).astype(dtype, copy=False))
+        value = np.ascontiguousarray(parameters.read_as(path, dtype))
         # may_alias=False: the device owns its copy, so that the model may be donated to a jitted function. Waiting
         # keeps one tensor in flight instead of all of them.
         return jax.device_put(value, may_alias=False).block_until_ready()
@@ -141,7 +141,7 @@ def _place(parameters: Parameters, path: Path, dtype: np.dtype, sharding: Shardi
         shape = parameters.shape(path)
         key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
         if key not in read:  # devices that hold replicas ask for the same slice
-            read[key] = np.ascontiguousarray(parameters.read(path, index).astype(dtype, copy=False))
+            read[key] = np.ascontiguousarray(parameters.read_as(path, dtype, index))
         return read[key]
 
     value = jax.make_array_from_callback(parameters.shape(path), sharding, read_slice)

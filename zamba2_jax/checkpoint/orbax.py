@@ -137,7 +137,7 @@ def write_orbax(
                 return parameters.value(key)  # every process writes its shards
 
             def read() -> np.ndarray:
-                value = np.ascontiguousarray(parameters.read(key).astype(stored, copy=False))
+                value = np.ascontiguousarray(parameters.read_as(key, stored))
                 bar.update(value.nbytes)
                 return value
 
@@ -250,7 +250,7 @@ class OrbaxParameters(Parameters):
             value = (array if index is None else array[index]).read().result()
         except ValueError as error:
             raise ValueError(f"{self.directory}: {'.'.join(map(str, path))} cannot be read: {error}") from error
-        self._note_nonfinite(".".join(map(str, path)), value)
+        self._note_nonfinite(self.name(path), value)
         return value
 
 

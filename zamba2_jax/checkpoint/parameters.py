@@ -5,11 +5,12 @@ Loading, both ways of saving and comparing are written once, over this interface
 
 import abc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -48,6 +49,7 @@ class Parameters(abc.ABC):
     def __init__(self):
         self._parts: dict[Path, tuple[Tensor, Part]] | None = None
         self._nonfinite: set[str] = set()
+        self._overflowed: dict[str, str] = {}
 
     @property
     def parts(self) -> dict[Path, tuple[Tensor, Part]]:
@@ -77,21 +79,49 @@ class Parameters(abc.ABC):
         """The model's dtype: the embedding's."""
         return self.dtype(next(iter(self.parts)))
 
+    def name(self, path: Path) -> str:
+        """The parameter as its files name it."""
+        return ".".join(map(str, path))
+
+    def read_as(self, path: Path, dtype: np.dtype, index: Index | None = None) -> np.ndarray:
+        """`read` in another dtype; numbers that are too large for it become infinite, which is noted for
+        `warn_of_nonfinite`."""
+        values = self.read(path, index)
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = values.astype(dtype, copy=False)
+        narrower = float(ml_dtypes.finfo(dtype).max) < float(ml_dtypes.finfo(values.dtype).max)
+        if narrower and not _is_finite(cast) and np.any(np.isfinite(values) & ~np.isfinite(cast)):
+            self._overflowed[self.name(path)] = np.dtype(dtype).name
+        return cast
+
     def _note_nonfinite(self, name: str, values: np.ndarray) -> None:
         if name not in self._nonfinite and not _is_finite(values):
             self._nonfinite.add(name)
 
     def warn_of_nonfinite(self) -> None:
-        """Warns of the tensors read so far that hold NaN or infinity."""
+        """Warns of the tensors read so far that hold NaN or infinity, or did once they were cast."""
+        where = f" in {self.directory}" if self.directory else ""
         if self._nonfinite:
-            names = sorted(self._nonfinite)
-            shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-            warnings.warn(f"NaN or infinite weights in {self.directory}: {shown}.", UserWarning, stacklevel=3)
+            warnings.warn(f"NaN or infinite weights{where}: {_listed(self._nonfinite)}.", UserWarning, stacklevel=3)
+        if self._overflowed:
+            dtypes = ", ".join(sorted(set(self._overflowed.values())))
+            warnings.warn(
+                f"Weights{where} that are too large for {dtypes} became infinite: {_listed(self._overflowed)}.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _is_finite(values: np.ndarray) -> bool:
     # By bits: arithmetic on bfloat16 in numpy would go element by element through float32. In blocks: the mask of a
     # large matrix would be as large as the matrix.
+    if values.dtype.name not in _EXPONENTS:
+        return bool(np.isfinite(values).all())
     unsigned, exponent = _EXPONENTS[values.dtype.name]
     flat = np.ascontiguousarray(values).reshape(-1).view(unsigned)
     step = 1 << 22
@@ -132,6 +162,10 @@ class HuggingFaceParameters(Parameters):
     def _info(self, tensor: Tensor) -> TensorInfo:
         return self.files.tensors[self.account.source[tensor.name]]
 
+    def name(self, path: Path) -> str:
+        tensor, _ = self.parts[path]
+        return self.account.source[tensor.name]
+
     def dtype(self, path: Path) -> np.dtype:
         tensor, _ = self.parts[path]
         return self._info(tensor).dtype
@@ -142,7 +176,7 @@ class HuggingFaceParameters(Parameters):
 
         def read_rows(start: int, stop: int) -> np.ndarray:
             rows = info.read_rows(start, stop)
-            self._note_nonfinite(self.account.source[tensor.name], rows)
+            self._note_nonfinite(self.name(path), rows)
             return rows
 
         return part.read(read_rows, index)

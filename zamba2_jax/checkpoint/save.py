@@ -161,7 +161,7 @@ def _produce(parameters: Parameters, entries: dict[str, _Entry], name: str) -> n
     tensor = entry.tensor
     array = np.zeros(tensor.shape, entry.dtype)
     for part in tensor.parts:
-        array[part.start : part.stop] = part.to_rows(parameters.read(part.path), tensor.shape[1:])
+        array[part.start : part.stop] = part.to_rows(parameters.read_as(part.path, entry.dtype), tensor.shape[1:])
     return array
 
 
