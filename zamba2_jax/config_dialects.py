@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zamba2_jax.hub import hub_id
+
 LAYER_KINDS = {"mamba": "mamba", "linear_attention": "mamba", "m": "mamba", "hybrid": "hybrid", "g": "hybrid"}
 """Every accepted spelling of a layer kind -> ours."""
 
@@ -190,8 +192,8 @@ def find_config(
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in the directory {path}")
         return path / "config.json"
-    name = os.fspath(name_or_path)
-    if not isinstance(name_or_path, str) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    name = hub_id(name_or_path)
+    if name is None:
         raise FileNotFoundError(
             f"{path} is not a directory; give a model directory or a hub id such as Zyphra/Zamba2-1.2B"
         )

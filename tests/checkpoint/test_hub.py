@@ -1,15 +1,20 @@
 """Downloading, with the hub played by a directory: which files are asked for, and when pickles are."""
 
+import errno
 import shutil
 import types
 from fnmatch import fnmatch
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import zamba2_jax
 from tests.checkpoint.files import read, saved, write
 from zamba2_jax.checkpoint.files import find_checkpoint
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.hub import hub_id
 
 
 @pytest.fixture
@@ -57,11 +62,47 @@ def test_pickles_where_there_is_nothing_else(hub, root, tmp_path):
     assert len(hub.calls) == 2
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route"), RuntimeError("the proxy says no")])
-def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            ConnectionError("no route"),
+            FileNotFoundError,
+            "a/b at revision r is neither a directory here nor .* no route",
+        ),
+        (
+            LocalEntryNotFoundError("absent"),
+            FileNotFoundError,
+            "a/b at revision r is neither a directory here .* absent",
+        ),
+        (RuntimeError("the proxy says no"), OSError, "^a/b at revision r could not be downloaded: the proxy says no"),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, r"^\[Errno 28\] No space left on device$"),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), PermissionError, "Permission denied: '/cache'"),
+    ],
+)
+def test_a_download_that_fails(monkeypatch, error, kind, message):
+    """Only what the hub does not have is not found; a full disk is a full disk."""
+
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match=f"a/b at revision r is neither a directory here nor .* hub: {error}"):
+    with pytest.raises(OSError, match=message) as raised:
         find_checkpoint("a/b", revision="r")
+    assert type(raised.value) is kind
+    assert error in (raised.value, raised.value.__cause__)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Zyphra/Zamba2-1.2B", "a_b/c.d"])
+def test_hub_ids(name):
+    assert hub_id(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "./a", "../a", "~/a", "/a", "a/b/c", "a b", "a/", ".", Path("a/b"), "tests"])
+def test_paths_are_no_hub_ids(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert hub_id(name) is None
+    if name not in ("", ".", "tests"):  # directories
+        for find in (find_checkpoint, Zamba2Config.from_pretrained):
+            with pytest.raises(FileNotFoundError, match="hub id such as Zyphra"):
+                find(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zamba2_jax.checkpoint.pickles import read_pickle
 from zamba2_jax.checkpoint.safetensors import TensorInfo, read_header
+from zamba2_jax.hub import hub_id
 
 # Files that belong to a checkpoint besides its weights, carried along when one is converted.
 COMPANIONS = (
@@ -44,6 +45,7 @@ def find_checkpoint(
 
     Raises:
         FileNotFoundError: neither a directory nor a repository that can be reached; says which was tried.
+        OSError: the download failed for another reason, such as a full disk.
         ValueError: a file instead of a directory.
     """
     path = Path(name_or_path).expanduser()
@@ -51,13 +53,14 @@ def find_checkpoint(
         return path
     if path.exists():
         raise ValueError(f"{name_or_path} is a file; give the directory with config.json and the weights.")
-    name = os.fspath(name_or_path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    name = hub_id(name_or_path)
+    if name is None:
         raise FileNotFoundError(
             f"There is no directory {name_or_path}, and it is no hub id such as Zyphra/Zamba2-1.2B."
         )
 
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     def download(patterns: tuple[str, ...]) -> Path:
         return Path(
@@ -71,14 +74,18 @@ def find_checkpoint(
             )
         )
 
+    at = f" at revision {revision}" if revision else ""
     try:
         directory = download((*_SAFETENSORS, f"{ORBAX}/*"))
         if not any(directory.glob("*.safetensors")) and not is_orbax(directory):
             directory = download(_PICKLES)
-    except Exception as error:  # the hub's own, its HTTP library's and the system's have no common class
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, ConnectionError) as error:
         where = "in the local cache" if local_files_only else "on the Hugging Face hub"
-        at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(f"{name}{at} is neither a directory here nor to be had {where}: {error}") from error
+    except OSError:
+        raise  # this machine's: its own message says that, for one, the disk is full
+    except Exception as error:  # those of the libraries that transfer the files have no common class
+        raise OSError(f"{name}{at} could not be downloaded: {error}") from error
     return directory
 
 
