@@ -37,6 +37,6 @@ def main() -> None:
         prompt = np.random.default_rng(length).integers(3, config.vocab_size, (1, length))
         model.generate(prompt, max_new_tokens=20)
     print(
-        f"{len(compiled)} programs (bound: {BOUND}) for {len(LENGTHS)} prompts of {min(LENGTHS)} to {max(LENGTHS)} tokens "
-        f"({sum(compiled):.1f} s of {time.perf_counter() - start:.1f} s)"
+        f"{len(compiled)} programs (bound: {BOUND}) for {len(LENGTHS)} prompts of {min(LENGTHS)} to {max(LENGTHS)} "
+        f"tokens ({sum(compiled):.1f} s of {time.perf_counter() - start:.1f} s)"
     )

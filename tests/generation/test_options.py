@@ -86,6 +86,18 @@ def test_warnings(arguments, message):
 
 def test_values_from_a_config_warn_of_nothing():
     resolve(of_model={"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 4})
+    resolve(of_model={"temperature": 0.0, "max_new_tokens": 4})
+
+
+def test_what_the_models_own_config_asks_in_vain_is_warned_of_once():
+    """A checkpoint's file must not stop its model: what transformers wrote into it is not the caller's doing."""
+    neutral = {"forced_decoder_ids": None, "stop_strings": None, "use_cache": True, "max_new_tokens": 4}
+    assert resolve(of_model=neutral).max_new_tokens == 4
+    foreign = {"return_legacy_cache": True, "use_cache": False, "suppress_tokens": [4]}
+    message = r"ignored: use_cache=False, suppress_tokens=\[4\], return_legacy_cache=True\."
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert resolve(of_model=neutral | foreign).max_new_tokens == 4
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -105,6 +117,13 @@ def test_values_from_a_config_warn_of_nothing():
         ({"do_sample": True, "top_p": 1.1}, "top_p must be above 0 and at most 1.*got 1.1"),
         ({"do_sample": True, "min_p": -0.1}, "min_p must be from 0 to 1.*got -0.1"),
         ({"do_sample": True, "min_p": 1.5}, "min_p must be from 0 to 1.*got 1.5"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0; for greedy decoding"),
+        ({"temperature": -1}, "temperature must be a finite number above 0, got -1"),
+        ({"top_k": -1}, "top_k must be an integer of at least 0, got -1; 0 or None switches it off"),
+        ({"top_k": 2.5}, "top_k must be an integer of at least 0, got 2.5"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1.*got 1.1"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1.*got 0"),
+        ({"min_p": 1.5, "num_beams": 2}, "min_p must be from 0 to 1.*got 1.5"),
         ({"do_sample": "yes"}, "do_sample must be True or False, got 'yes'"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number above 0, got 0.0"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be an integer of at least 0, got -1"),
@@ -123,9 +142,10 @@ def test_values_from_a_config_warn_of_nothing():
         ({"stop_strings": ["."]}, r"stop_strings=\['.'\] in the arguments of generate is not supported; leave it out"),
         ({"use_cache": False}, "use_cache=False in the arguments of generate is not supported"),
         ({"generation_config": {"typical_p": 0.9}}, "typical_p=0.9 in generation_config is not supported"),
+        ({"generation_config": {"max_tokens": None}}, "max_tokens in generation_config is not an option of generate"),
         (
-            {"of_model": {"suppress_tokens": [4]}},
-            "suppress_tokens=.* in the model's generation_config is not supported",
+            {"of_model": 3},
+            "the model's generation_config must be a transformers GenerationConfig, a dict or None, got int",
         ),
         (
             {"generation_config": 3},

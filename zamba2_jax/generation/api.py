@@ -107,7 +107,8 @@ def generate(
 
     Names, defaults and meanings are those of transformers 5. What is not given comes from `generation_config`, then
     from the model's own (generation_config.json), then from transformers' defaults: greedy, 20 new tokens, top_k 50
-    when sampling. An explicit None switches an option off. A knob of transformers that is missing here raises by name.
+    when sampling. An explicit None switches an option off. A knob of transformers that is missing here raises by name;
+    in the model's own generation config it is warned of.
 
     Rows may be padded on either side, and each is continued as it would be alone. (As in transformers,
     `no_repeat_ngram_size` sees the padding to a row's left, and `min_length` and `max_length` count it.)

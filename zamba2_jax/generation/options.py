@@ -1,9 +1,9 @@
 """Options of one generate call: where each value comes from, and whether it makes sense.
 
 A value is looked up in this order, as in transformers 5: the argument of `generate`, the `generation_config` argument,
-    the model's own
-generation config, transformers' default. A knob of transformers that is not implemented here raises by name unless it
-is neutral.
+the model's own generation config, transformers' default. A knob of transformers that is not implemented here raises by
+name unless it is neutral. The model's own generation config came with a checkpoint and not from the caller: there such
+knobs, and names that nobody knows, draw one warning.
 """
 
 from __future__ import annotations
@@ -173,23 +173,22 @@ def merge(
 
     Args:
         generation_config: the argument of `generate`: a transformers GenerationConfig, a dict, or None.
-        model_generation_config: the model's own, of the same kinds. Where it is None the token ids come from `config`.
+        model_generation_config: the model's own, of the same kinds; what cannot be followed there is warned of. Where
+            it is None the token ids come from `config`.
         config: the model's config; `bos_token_id`, `eos_token_id` and `pad_token_id` are read.
         arguments: keyword arguments; `UNSET` ones are skipped, None is kept.
 
     Raises:
-        ValueError: a name that is unknown, or a knob of transformers that is not implemented and not neutral.
+        ValueError: a name that is unknown, or a knob of transformers that is not implemented and not neutral, in
+            `generation_config` or `arguments`.
     """
     if model_generation_config is None:
         model_generation_config = {
             name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
     values = dict(_DEFAULTS)
-    for source, where in (
-        (model_generation_config, "the model's generation_config"),
-        (generation_config, "generation_config"),
-    ):
-        values |= {name: value for name, value in _read(source, where).items() if value is not None}
+    for source in (_read_model(model_generation_config), _read(generation_config, "generation_config")):
+        values |= {name: value for name, value in source.items() if value is not None}
     # An unknown argument that is None asks for nothing (a tokenizer's `token_type_ids=None`); transformers lets it pass
     # too.
     given = {name: value for name, value in arguments.items() if value is not UNSET}
@@ -233,7 +232,8 @@ def check(
         prompt_length: columns of the prompt, padding included, as transformers counts `max_length`.
         vocab_size: token ids must be below it.
         max_position_embeddings: longer sequences draw a warning.
-        explicit: names that the caller gave as arguments; those without effect draw a warning.
+        explicit: names that the caller gave as arguments: checked even where they have no effect, which draws a
+            warning.
         seed: None for one from the operating system.
 
     Raises:
@@ -252,6 +252,7 @@ def check(
             raise ValueError(f"num_return_sequences must be at most num_beams={num_beams}, got {num_return_sequences}.")
 
     tokens = special_tokens(values, vocab_size)
+    sampling = _sampling(values, explicit, do_sample)
     _warn_without_effect(values, explicit, do_sample=do_sample, num_beams=num_beams)
     max_new_tokens = _max_new_tokens(values, prompt_length, max_position_embeddings)
     return Options(
@@ -271,12 +272,27 @@ def check(
         output_logits=_flag(values, "output_logits"),
         prefill_chunk=None if values["prefill_chunk"] is None else _integer(values, "prefill_chunk", minimum=1),
         seed=_seed(seed),
-        **_sampling(values, do_sample),
+        **sampling,
     )
 
 
 def _read(source: Any, where: str) -> dict[str, Any]:
-    """A generation config of any kind as a dict of our options; None is an empty one."""
+    """The options in a caller's generation config."""
+    return _select(_mapping(source, where), where)
+
+
+def _read_model(source: Any) -> dict[str, Any]:
+    """The options in the model's own generation config, with one warning that names what is passed over."""
+    selected, unsupported, unknown = _sort(_mapping(source, "the model's generation_config"))
+    ignored = unsupported | {name: value for name, value in unknown.items() if value is not None}
+    if ignored:
+        names = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
+        _warn(f"The model's generation_config asks for what generate does not have; ignored: {names}.")
+    return selected
+
+
+def _mapping(source: Any, where: str) -> Mapping[str, Any]:
+    """A generation config of any kind as a mapping; None is an empty one."""
     if source is None:
         return {}
     if not isinstance(source, Mapping):
@@ -284,24 +300,32 @@ def _read(source: Any, where: str) -> dict[str, Any]:
             raise ValueError(
                 f"{where} must be a transformers GenerationConfig, a dict or None, got {type(source).__name__}."
             )
-        source = source.to_dict()
-    return _select(source, where)
+        return source.to_dict()
+    return source
 
 
 def _select(source: Mapping[str, Any], where: str) -> dict[str, Any]:
-    selected = {}
+    selected, unsupported, unknown = _sort(source)
+    for name, value in unsupported.items():
+        raise ValueError(f"{name}={value!r} in {where} is not supported; leave it out.")
+    for name in unknown:
+        raise ValueError(f"{name} in {where} is not an option of generate; known are {', '.join(sorted(_DEFAULTS))}.")
+    return selected
+
+
+def _sort(source: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Our options, knobs of transformers that are not implemented and not neutral, and names that nobody knows."""
+    selected, unsupported, unknown = {}, {}, {}
     for name, value in source.items():
         name = _ALIASES.get(name, name)
         if name in _DEFAULTS:
             selected[name] = value
         elif name in _UNSUPPORTED:
             if value is not None and not any(_same(value, neutral) for neutral in _UNSUPPORTED[name]):
-                raise ValueError(f"{name}={value!r} in {where} is not supported; leave it out.")
+                unsupported[name] = value
         elif name not in _INERT:
-            raise ValueError(
-                f"{name} in {where} is not an option of generate; known are {', '.join(sorted(_DEFAULTS))}."
-            )
-    return selected
+            unknown[name] = value
+    return selected, unsupported, unknown
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -344,14 +368,14 @@ def _flag(values: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _sampling(values: Mapping[str, Any], do_sample: bool) -> dict[str, Any]:
-    if not do_sample:
-        return {"temperature": None, "top_k": None, "top_p": None, "min_p": None}
+def _sampling(values: Mapping[str, Any], explicit: Sequence[str], do_sample: bool) -> dict[str, Any]:
+    if not do_sample:  # what the caller gave is checked all the same; a config file may hold what is not in use
+        values = {name: values[name] if name in explicit else None for name in _SAMPLING_ONLY}
     temperature = values["temperature"]
     if temperature is not None and not (_is_number(temperature) and 0 < temperature < math.inf):
         raise ValueError(
-            f"temperature must be a finite number above 0 when do_sample=True, got {temperature!r}; for greedy "
-            "decoding set do_sample=False."
+            f"temperature must be a finite number above 0, got {temperature!r}; for greedy decoding set "
+            "do_sample=False and leave it out."
         )
     top_p = values["top_p"]
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
@@ -363,6 +387,8 @@ def _sampling(values: Mapping[str, Any], do_sample: bool) -> dict[str, Any]:
         top_k = _integer(values, "top_k", minimum=0, none=0)
     except ValueError as error:
         raise ValueError(f"{str(error)[:-1]}; 0 or None switches it off.") from None
+    if not do_sample:
+        return dict.fromkeys(_SAMPLING_ONLY)
     return {
         "temperature": None if temperature is None else _unless(1.0, float(temperature)),
         "top_k": top_k or None,

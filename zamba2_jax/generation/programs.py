@@ -24,7 +24,7 @@ class Structure:
     """A model without its arrays: hashable, so a static argument. Equal for two models of one shape and dtype."""
 
     def __init__(self, model: nnx.Module):
-        # The generation config is none of the programs' business, and as a dict it could not be hashed.
+        # The model hashes with its generation config, but other settings of generation must not recompile programs.
         bare = copy.copy(model)
         bare.generation_config = None
         self._graphdef, state = nnx.split(bare)
