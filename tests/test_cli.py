@@ -1,6 +1,7 @@
 """`python -m zamba2_jax`, in process: what goes to stdout, what to stderr, and the exit code."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.oracle import layer_types, pair
+from bench.oracle import layer_types, pair
+from zamba2_jax import cli
 from zamba2_jax.cli import main
 
 PROMPT = "w5 w6 w7"
@@ -70,6 +72,53 @@ def test_sampling_options_imply_sampling(capsys, checkpoint, expected):
     _, out, _ = generate(capsys, checkpoint, *arguments)
     assert out == expected(do_sample=True, temperature=2.0, seed=4)[0] + "\n"
     assert out != expected()[0] + "\n"
+
+
+@pytest.fixture
+def settings(checkpoint):
+    """Writes the checkpoint's generation_config.json, for one test."""
+    path = checkpoint.path / "generation_config.json"
+    before = path.read_text() if path.exists() else None
+    yield lambda **values: path.write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0} | values))
+    if before is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(before)
+
+
+def test_what_is_not_given_stays_with_the_checkpoint(capsys, checkpoint, expected, settings):
+    def continuation(*arguments):
+        code, out, err = run(capsys, "generate", "--model", checkpoint.path, "--prompt", PROMPT, *arguments)
+        assert (code, err) == (0, "")
+        return out
+
+    settings(max_new_tokens=8, num_beams=3, num_return_sequences=2)
+    assert continuation() == "\n---\n".join(expected(num_beams=3, num_return_sequences=2)) + "\n"
+    assert continuation("--num-beams", 1, "--num-return-sequences", 1) == expected()[0] + "\n"
+    settings(max_length=11, do_sample=True, temperature=2.0)
+    assert continuation("--seed", 4) == expected(do_sample=True, temperature=2.0, seed=4)[0] + "\n"
+    assert continuation("--no-do-sample") == expected()[0] + "\n"
+    settings(max_new_tokens=3)
+    assert continuation("--max-length", 11) == expected()[0] + "\n"  # what is given goes before the file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "lengths"),
+    [
+        ([], {}, {"max_new_tokens": 128}),
+        ([], {"max_new_tokens": None}, {"max_new_tokens": 128}),
+        ([], {"max_new_tokens": 7}, {}),
+        ([], {"max_length": 7}, {}),
+        (["--max-new-tokens", "5"], {"max_new_tokens": 7}, {"max_new_tokens": 5}),
+        (["--max-length", "5"], {"max_new_tokens": 7}, {"max_length": 5, "max_new_tokens": None}),
+        (["--do-sample"], {"max_length": 7}, {"do_sample": True}),
+        (["--no-do-sample", "--top-k", "3"], {"max_length": 7}, {"do_sample": False, "top_k": 3}),
+    ],
+    ids=str,
+)
+def test_arguments_of_generate(arguments, settings, lengths):
+    options = cli._parser().parse_args(["generate", "--model", "m", "--prompt", "p", *arguments])
+    assert cli._generation_options(options, settings) == lengths
 
 
 def test_beams_and_several_results(capsys, checkpoint, expected):
@@ -137,6 +186,10 @@ def test_help_has_an_example(capsys, command):
         ),
         (["generate", "--model", "CHECKPOINT", "--prompt", "w5", "--top-p", "2"], "error: top_p must be above 0"),
         (["info", "--model", "EMPTY"], "config.json"),
+        (
+            ["generate", "--model", "m", "--prompt", "a", "--max-length", "9", "--max-new-tokens", "9"],
+            "not allowed with",
+        ),
         (["sing"], "invalid choice: 'sing'"),
     ],
     ids=str,

@@ -25,6 +25,7 @@ exit codes: 0 done; 2 it could not be done, with one line on stderr that says wh
 """
 _DTYPES = ("bfloat16", "float32", "float16")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_NEW_TOKENS = 128
 _EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 
@@ -63,12 +64,15 @@ def _generate(options: argparse.Namespace) -> None:
     if options.stats:
         print(f"loaded in {time.perf_counter() - began:.2f} s: {_device()}, {model.dtype}", file=sys.stderr)
 
-    stream = not options.no_stream and options.num_beams == 1 and options.num_return_sequences == 1
+    settings = model.generation_config or {}
+    arguments = _generation_options(options, settings)
+    results = [(settings | arguments).get(name) or 1 for name in ("num_beams", "num_return_sequences")]
+    stream = not options.no_stream and results == [1, 1]
     text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     clock = _Clock(text) if stream else None
     began = time.perf_counter()
     sequences = model.generate(
-        inputs["input_ids"], inputs["attention_mask"], streamer=clock, seed=options.seed, **_generation_options(options)
+        inputs["input_ids"], inputs["attention_mask"], streamer=clock, seed=options.seed, **arguments
     )
     seconds = time.perf_counter() - began
     if not stream:
@@ -109,11 +113,15 @@ def _print_stats(prompt_length: int, sequences: Any, began: float, seconds: floa
         print(line, file=sys.stderr)
 
 
-def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `generate`. An option that was not given stays with the checkpoint's generation_config.json."""
+def _generation_options(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`. An option that was not given stays with `settings`, the checkpoint's
+    generation_config.json.
+    """
     names = (
         "max_new_tokens",
+        "max_length",
         "min_new_tokens",
+        "do_sample",
         *_SAMPLING,
         "repetition_penalty",
         "no_repeat_ngram_size",
@@ -126,8 +134,12 @@ def _generation_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.early_stopping is not None:
         given["early_stopping"] = _EARLY_STOPPING[options.early_stopping]
-    if options.do_sample or any(name in given for name in _SAMPLING):
-        given["do_sample"] = True
+    if any(name in given for name in _SAMPLING):
+        given.setdefault("do_sample", True)
+    if "max_length" in given:
+        given["max_new_tokens"] = None  # one from the file would go before it
+    elif all(lengths.get(name) is None for lengths in (given, settings) for name in ("max_new_tokens", "max_length")):
+        given["max_new_tokens"] = _NEW_TOKENS
     return given
 
 
@@ -277,7 +289,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continues a prompt and writes the new text to stdout as it comes.",
+        description="Continues a prompt and writes the new text to stdout as it comes. What is not given here is taken "
+        "from the checkpoint's generation_config.json; the defaults below are for what that leaves open.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -286,15 +299,26 @@ def _parser() -> argparse.ArgumentParser:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file that holds it; - is standard input")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default: 128)")
+    lengths = generate.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"at most so many (default: {_NEW_TOKENS}, if the checkpoint sets no length)",
+    )
+    lengths.add_argument("--max-length", type=int, metavar="N", help="at most so many, those of the prompt counted")
     generate.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
     generate.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")
     generate.add_argument("--no-stream", action="store_true", help="write the text when it is complete")
     generate.add_argument("--stats", action="store_true", help="times on stderr")
     generate.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens per call (default: by length)")
 
-    sampling = generate.add_argument_group("sampling", "Any of these but --seed implies --do-sample; without: greedy.")
-    sampling.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    sampling = generate.add_argument_group("sampling", "Any of these but --seed implies --do-sample.")
+    sampling.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw tokens instead of taking the likeliest (default: not)",
+    )
     sampling.add_argument("--temperature", type=float, metavar="T", help="below 1 sharpens, above 1 flattens")
     sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default: 50; 0: from all)")
     sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up P")
@@ -306,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     shaping.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="never say N tokens in a row twice")
 
     beams = generate.add_argument_group("beam search")
-    beams.add_argument("--num-beams", type=int, default=1, metavar="K", help="beams (default: 1, no beam search)")
+    beams.add_argument("--num-beams", type=int, metavar="K", help="beams (default: 1, no beam search)")
     beams.add_argument("--length-penalty", type=float, metavar="X", help="above 0 favours long results (default: 1)")
     beams.add_argument(
         "--early-stopping", choices=tuple(_EARLY_STOPPING), help="stop at the first K results (default: false)"
@@ -314,7 +338,6 @@ def _parser() -> argparse.ArgumentParser:
     beams.add_argument(
         "--num-return-sequences",
         type=int,
-        default=1,
         metavar="N",
         help="results, separated by a line of --- (default: 1)",
     )
@@ -322,7 +345,8 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="show what is in a checkpoint",
-        description="Prints config, sizes, files and machine; reads no weights.",
+        description="Prints config, sizes, files and machine. Reads headers, not weights: only tensors that the files "
+        "hold twice are read, because they must be equal.",
         epilog="example:\n  python -m zamba2_jax info --model Zyphra/Zamba2-2.7B",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
