@@ -220,6 +220,19 @@ def test_no_room(tmp_path, error, number, message):
         raise ValueError("DATA_LOSS [os_error_code='5']")
 
 
+def test_a_disk_that_is_full_at_the_end(model, tmp_path, monkeypatch, caplog):
+    """Orbax writes its metadata last, in a thread that logs what it also raises."""
+
+    async def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp._src.path.async_path, "write_text", full)
+    with pytest.raises(OSError, match="disk is full; nothing was left"):
+        save_orbax(model, tmp_path / "new")
+    assert caplog.records == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_keeps_what_was_there(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     before = {name: (tmp_path / "model" / name).read_bytes() for name in contents(tmp_path / "model")}

@@ -6,7 +6,9 @@ read one at a time, so that converting a model needs the memory of its largest t
 """
 
 import asyncio
+import contextlib
 import json
+import logging
 import math
 import os
 import warnings
@@ -55,8 +57,8 @@ class _LazyArrayHandler(type_handlers.NumpyHandler):
         self._failures: list[ValueError] = []
 
     async def _open_and_write(self, value: np.ndarray, *arguments: Any) -> None:
-        # A failure is kept until the whole group is done. Raised here, in Orbax's thread, it would be logged with its
-        # traceback, and each write still under way would find its event loop closed and print another.
+        # A failure is kept until the whole group is done. Raised here, it would close the event loop of Orbax's thread,
+        # and each write still under way would find it closed and print a traceback.
         try:
             await super()._open_and_write(value, *arguments)
         except ValueError as error:
@@ -149,7 +151,7 @@ def write_orbax(
             for name in key[:-1]:
                 node = node.setdefault(str(name), {})
             node[str(key[-1])] = leaf(key)
-        with _checkpointer() as checkpointer:
+        with _one_report(), _checkpointer() as checkpointer:
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
             checkpointer.save(directory / ORBAX, tree, save_args=save_args)
         if jax.process_index() == 0:
@@ -171,6 +173,21 @@ def write_settings(parameters: Parameters, directory: FilePath, dtype: np.dtype)
     text = json.dumps(generation, indent=2, sort_keys=True)
     (directory / "generation_config.json").write_text(text + "\n", encoding="utf-8")
     config.replace(dtype=dtype.name, architectures=(parameters.architecture,)).save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _one_report() -> Iterator[None]:
+    """Drops what Orbax's threads log of failures, with tracebacks: the saving thread raises the same ones."""
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def _checkpointer() -> ocp.Checkpointer:
