@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# JAX takes the accelerator it finds; the suite's numbers are for the CPU.
+# The suite's tolerances and the demo's comparison are for the CPU, where PyTorch runs too. `make bench` takes what JAX finds.
 TEST_ENV := JAX_PLATFORMS=cpu
 TORCH ?= torch==2.13.0
 

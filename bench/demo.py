@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import convert.cli
-from bench.peer import without_dt_clamp
+from bench.oracle import without_dt_clamp
 from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
 from zamba2_jax.checkpoint.files import find_checkpoint
 
@@ -41,10 +41,17 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()  # it would advise to install CUDA kernels
     transformers.logging.disable_progress_bar()
+    try:
+        source = Path(find_checkpoint(options.model)) if options.model else None
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if source is not None and OUTPUT.resolve() in (source.resolve(), *source.resolve().parents):
+        sys.exit(f"error: {source} lies in {OUTPUT}, which the demo makes anew; move it elsewhere first.")
     if OUTPUT.exists():
         shutil.rmtree(OUTPUT)
     OUTPUT.mkdir()
-    source = Path(find_checkpoint(options.model)) if options.model else write_small_checkpoint(OUTPUT / "pytorch")
+    if source is None:
+        source = write_small_checkpoint(OUTPUT / "pytorch")
 
     heading("1. What is in the checkpoint", f"python -m convert inspect {source}")
     print_ends(run_convert("inspect", str(source)))

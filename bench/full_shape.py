@@ -79,7 +79,7 @@ def _torch(directory: Path) -> dict[str, float]:
     import torch
     import transformers
 
-    from bench.peer import without_dt_clamp
+    from bench.oracle import without_dt_clamp
 
     start = time.perf_counter()
     model = transformers.Zamba2ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -12,22 +12,33 @@ import numpy as np
 import torch
 from flax import nnx
 
-from bench.peer import without_dt_clamp
-from tests.oracle import SHAPES, Pair, gradients, jit_call, load_tensors, pair, relative_error, to_torch, tokens
+from bench.oracle import (
+    SHAPES,
+    Pair,
+    cache_error,
+    gradients,
+    jit_call,
+    load_tensors,
+    pair,
+    relative_error,
+    to_torch,
+    tokens,
+    without_dt_clamp,
+)
 
 LENGTHS = (1, 2, 17, 101, 300)
 
 
 def main() -> None:
-    columns = ("logits", "hidden states", "attentions", "loss", "gradients", "bfloat16 ours/PyTorch")
-    print(f"{'model':10s}" + "".join(f"{column:>24s}" for column in columns))
+    columns = ("logits", "hidden states", "attentions", "caches", "loss", "gradients", "bfloat16")
+    print(f"{'model':10s}" + "".join(f"{column:>14s}" for column in columns))
     with tempfile.TemporaryDirectory() as directory:
         for shape in SHAPES:
             models = pair(Path(directory), shape)
             figures = _forward(models)
             figures["gradients"] = _gradients(models, Path(directory) / f"{shape}-gradients")
-            row = "".join(f"{figures.get(column, float('nan')):24.1e}" for column in columns[:-1])
-            print(f"{shape:10s}{row}{_bfloat16(models):24.2f}", flush=True)
+            row = "".join(f"{figures.get(column, float('nan')):14.1e}" for column in columns[:-1])
+            print(f"{shape:10s}{row}{_bfloat16(models):14.2f}", flush=True)
     print(
         f"lengths {LENGTHS}, two rows; gradients at length 37: the worst parameter. bfloat16: root mean "
         "square error of the logits against the float32 ones, over that of PyTorch's bfloat16 model."
@@ -55,6 +66,8 @@ def _forward(models: Pair) -> dict[str, float]:
             note("attentions", one, other)
         if length > 1:
             note("loss", ours.loss, theirs.loss)
+    if models.jax.config.num_hybrid_layers:  # transformers' cache needs an attention layer
+        worst["caches"] = cache_error(models, 19)
     return worst
 
 

@@ -18,5 +18,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def oracle_dir(tmp_path_factory):
-    """Where `tests.oracle` keeps the checkpoints it writes."""
+    """Where `bench.oracle` keeps the checkpoints it writes."""
     return tmp_path_factory.mktemp("oracle")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tests.oracle import jit_call, pair, relative_error, to_torch, tokens
+from bench.oracle import jit_call, pair, relative_error, to_torch, tokens
 
 KIND = "Zamba2ForSequenceClassification"
 TOLERANCE = 1e-4
@@ -74,6 +74,7 @@ def test_every_parameter_gets_a_gradient(oracle_dir):
     [
         (np.zeros((2, 3)), r"single_label_classification must have shape \(2,\), got \(2, 3\)"),
         (np.zeros(2), "must be integers, got float"),
+        (np.array([0, 3]), r"-100 or in \[0, 3\), got 3"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(oracle_dir, labels, message):

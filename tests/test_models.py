@@ -11,8 +11,18 @@ import pytest
 import torch
 from flax import nnx
 
-from bench.peer import without_dt_clamp
-from tests.oracle import SHAPES, gradients, jit_call, load_tensors, pair, relative_error, to_torch, tokens
+from bench.oracle import (
+    SHAPES,
+    cache_error,
+    gradients,
+    jit_call,
+    load_tensors,
+    pair,
+    relative_error,
+    to_torch,
+    tokens,
+    without_dt_clamp,
+)
 
 TOLERANCE = 1e-4
 # One token; a chunk plus one; several chunks and a rest.
@@ -173,25 +183,7 @@ def test_pieces_equal_one_pass(models, pieces):
     "shape", [s for s in SHAPES if s != "no-hybrid"]
 )  # transformers' cache needs an attention layer
 def test_the_cache_equals_pytorchs(oracle_dir, shape):
-    models = pair(oracle_dir, shape)
-    ids = tokens(models.jax.config.vocab_size, 2, 19)
-    with torch.no_grad():
-        theirs = models.torch(to_torch(ids), use_cache=True).past_key_values
-    ours = jit_call(models.jax, use_cache=True, cache_length=19)(input_ids=ids).past_key_values
-    for index, state in enumerate(ours.mamba):
-        layer = theirs.layers[index]
-        window = np.concatenate(
-            [state.conv_x, np.asarray(state.conv_bc).reshape(*state.conv_bc.shape[:2], -1)], axis=-1
-        )
-        conv = getattr(layer, "conv_states", None)
-        conv = layer.conv_states[0] if isinstance(conv, dict | list | tuple) else conv
-        recurrent = layer.recurrent_states
-        recurrent = recurrent[0] if isinstance(recurrent, dict | list | tuple) else recurrent
-        assert relative_error(window.swapaxes(1, 2), conv[..., -window.shape[1] :]) < TOLERANCE
-        assert relative_error(state.ssm, recurrent) < TOLERANCE
-    for index, entry in zip(models.jax.config.hybrid_layer_ids, ours.attention, strict=True):
-        assert relative_error(np.swapaxes(entry.key, 1, 2), theirs.layers[index].keys) < TOLERANCE
-        assert relative_error(np.swapaxes(entry.value, 1, 2), theirs.layers[index].values) < TOLERANCE
+    assert cache_error(pair(oracle_dir, shape), 19) < TOLERANCE
 
 
 def test_masks_may_cover_the_past_too(oracle_dir):
@@ -355,10 +347,14 @@ def test_a_split_model_can_be_a_static_argument(oracle_dir):
         ({"input_ids": np.ones((1, 2), int), "segment_ids": np.ones((1, 2))}, "segment_ids must be integers"),
         ({"inputs_embeds": np.ones((1, 2, 31))}, r"\(batch, length, 32\)"),
         ({"input_ids": np.ones((1, 9), int), "use_cache": True, "cache_length": 8}, "less than the 9 tokens"),
-        ({"input_ids": np.ones((1, 2), int), "labels": np.ones((1, 3), int)}, "labels must have the shape"),
+        ({"input_ids": np.ones((1, 2), int), "labels": np.ones((1, 3), int)}, "labels must have shape"),
         ({"input_ids": np.ones((1, 2), int), "labels": np.array([[1, 200]])}, r"-100 or in \[0, 131\), got 200"),
         ({"input_ids": np.ones((1, 2), int), "labels": np.ones((1, 2), int), "logits_to_keep": 1}, "every token"),
         ({"input_ids": np.ones((1, 2), int), "logits_to_keep": -1}, "got -1"),
+        (
+            {"input_ids": np.ones((1, 2), int), "logits_to_keep": np.array([2])},
+            r"the 2 columns of this call, got \[2\]",
+        ),
         ({"input_ids": np.ones((1, 2), int), "logits_to_keep": np.ones((1, 1))}, "1-D integer"),
         ({"input_ids": np.ones((1, 2), int), "past_key_values": object()}, "must be a Zamba2Cache"),
     ],

@@ -1,4 +1,4 @@
-"""Zamba2 in JAX: load Hugging Face checkpoints, generate, train, and hand the weights back to PyTorch.
+"""Zamba2 in JAX: load Hugging Face checkpoints, generate, and hand the weights back to PyTorch.
 
 >>> from zamba2_jax import Zamba2ForCausalLM
 >>> model = Zamba2ForCausalLM.from_pretrained("Zyphra/Zamba2-1.2B", dtype="bfloat16")

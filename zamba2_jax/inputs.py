@@ -30,7 +30,6 @@ class ModelInputs:
 
 def check_inputs(
     config: Zamba2Config,
-    *,
     input_ids: ArrayLike | None,
     attention_mask: ArrayLike | None,
     position_ids: ArrayLike | None,
@@ -103,6 +102,69 @@ def check_token_ids(input_ids: ArrayLike, vocab_size: int) -> Int[Array, "b l"]:
                 f"{column}. Is this the checkpoint's own tokenizer?"
             )
     return jnp.asarray(ids, jnp.int32)
+
+
+def check_logits_to_keep(logits_to_keep: int | ArrayLike, inputs: ModelInputs) -> None:
+    """Refuses what is neither a count of at least 0 nor a 1-D array of columns of this call."""
+    if isinstance(logits_to_keep, int | np.integer):
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all), a count, or an index array, got {logits_to_keep}.")
+        return
+    columns = logits_to_keep if isinstance(logits_to_keep, jax.core.Tracer) else np.asarray(logits_to_keep)
+    if columns.ndim != 1 or not jnp.issubdtype(columns.dtype, jnp.integer):
+        raise ValueError(
+            f"logits_to_keep must be an int or a 1-D integer array, got shape {columns.shape}, dtype {columns.dtype}."
+        )
+    length = inputs.length
+    if isinstance(columns, np.ndarray) and ((columns < -length) | (columns >= length)).any():
+        raise ValueError(f"logits_to_keep must index the {length} columns of this call, got {columns.tolist()}.")
+
+
+def check_labels(labels: ArrayLike, inputs: ModelInputs, vocab_size: int) -> Int[Array, "b l"]:
+    """Next-token labels: (b, l) integers, each -100 or in the vocabulary."""
+    return _check_class_ids(labels, (inputs.batch_size, inputs.length), vocab_size)
+
+
+def check_class_labels(
+    labels: ArrayLike, batch_size: int, num_labels: int, problem_type: str | None
+) -> tuple[str, Array]:
+    """The kind of classification problem, as transformers decides it where the config does not, and its labels.
+
+    Regression: (b, num_labels), or (b,) for one label. Single-label: (b,) integers. Multi-label: (b, num_labels).
+
+    Raises:
+        ValueError: labels whose shape or dtype does not fit the problem, or a class that does not exist.
+    """
+    if problem_type is None:
+        if num_labels == 1:
+            problem_type = "regression"
+        elif np.issubdtype(_dtype(labels), np.integer):
+            problem_type = "single_label_classification"
+        else:
+            problem_type = "multi_label_classification"
+    if problem_type == "single_label_classification":
+        return problem_type, _check_class_ids(labels, (batch_size,), num_labels, f" for {problem_type}")
+    shape = (batch_size, num_labels)
+    if jnp.shape(labels) != shape and not (num_labels == 1 and jnp.shape(labels) == (batch_size,)):
+        raise ValueError(f"labels for {problem_type} must have shape {shape}, got {jnp.shape(labels)}.")
+    return problem_type, jnp.asarray(labels).reshape(shape)
+
+
+def _check_class_ids(labels: ArrayLike, shape: tuple[int, ...], classes: int, purpose: str = "") -> Array:
+    if jnp.shape(labels) != shape:
+        raise ValueError(f"labels{purpose} must have shape {shape}, got {jnp.shape(labels)}.")
+    if not np.issubdtype(_dtype(labels), np.integer):
+        raise ValueError(f"labels{purpose} must be integers, got {_dtype(labels)}.")
+    if not isinstance(labels, jax.core.Tracer):
+        values = np.asarray(labels)
+        wrong = values[(values != -100) & ((values < 0) | (values >= classes))]
+        if wrong.size:
+            raise ValueError(f"labels{purpose} must be -100 or in [0, {classes}), got {wrong[0]}.")
+    return jnp.asarray(labels)
+
+
+def _dtype(values: ArrayLike) -> np.dtype:
+    return values.dtype if isinstance(values, jax.core.Tracer) else np.asarray(values).dtype
 
 
 def _check_mask(

@@ -22,7 +22,13 @@ from zamba2_jax.cache import KeyValue, MambaState, Zamba2Cache
 from zamba2_jax.checkpoint import load_pretrained, save_pretrained
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generation import generate
-from zamba2_jax.inputs import ModelInputs, check_inputs
+from zamba2_jax.inputs import (
+    ModelInputs,
+    check_class_labels,
+    check_inputs,
+    check_labels,
+    check_logits_to_keep,
+)
 from zamba2_jax.layers.linear import Embed, Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.norms import RMSNorm
@@ -36,6 +42,12 @@ from zamba2_jax.ops.losses import (
 )
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from zamba2_jax.tokens import TokenLayout
+
+CLASSIFICATION_LOSSES = {
+    "regression": mean_squared_error,
+    "single_label_classification": cross_entropy,
+    "multi_label_classification": binary_cross_entropy_with_logits,
+}
 
 
 class PretrainedModel(nnx.Module):
@@ -64,8 +76,8 @@ class PretrainedModel(nnx.Module):
 
     @generation_config.setter
     def generation_config(self, values: dict[str, Any] | None) -> None:
-        if hasattr(values, "to_dict"):  # transformers' GenerationConfig
-            values = values.to_dict()
+        if hasattr(values, "to_diff_dict"):  # transformers' GenerationConfig
+            values = values.to_diff_dict()
         self._generation_config = None if values is None else json.dumps(values)
 
     @classmethod
@@ -213,30 +225,30 @@ class Zamba2Model(PretrainedModel):
                 under jit.
         """
         inputs = check_inputs(
-            self.config,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            segment_ids=segment_ids,
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, segment_ids
         )
+        return self.run(
+            inputs, past_key_values, use_cache, output_attentions, output_hidden_states, cache_length, dropout_key
+        )
+
+    def run(
+        self,
+        inputs: ModelInputs,
+        past_key_values: Zamba2Cache | None,
+        use_cache: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
+        cache_length: int | None,
+        dropout_key: jax.Array | None,
+    ) -> BaseModelOutputWithPast:
+        """`__call__` for inputs that `check_inputs` has seen: models with a head check theirs together with these."""
         past = past_key_values
         if past is None and use_cache:
             slots = self.config.max_position_embeddings if cache_length is None else cache_length
             if slots < inputs.length:
                 raise ValueError(f"cache_length={slots} is less than the {inputs.length} tokens of this call.")
             past = self.init_cache(inputs.batch_size, slots)
-        return self._forward(inputs, past, output_attentions, output_hidden_states, dropout_key)
-
-    def _forward(
-        self,
-        inputs: ModelInputs,
-        past: Zamba2Cache | None,
-        output_attentions: bool,
-        output_hidden_states: bool,
-        dropout_key: jax.Array | None,
-    ) -> BaseModelOutputWithPast:
+        empty = past_key_values is None
         layout = TokenLayout.make(
             inputs.batch_size,
             inputs.length,
@@ -246,7 +258,7 @@ class Zamba2Model(PretrainedModel):
             first_position=None if past is None else past.next_position,
         )
         slot_mask = None if past is None else _fill_slots(past, layout, inputs.length)
-        context = self._attention_context(layout, past, slot_mask, output_attentions)
+        context = self._attention_context(layout, past, None if empty else slot_mask, output_attentions)
         dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hybrid_layers)
 
         embedded = self.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds.astype(self.dtype)
@@ -300,7 +312,7 @@ class Zamba2Model(PretrainedModel):
         if self.config.use_mem_rope:
             angles = rotation(layout.positions, self.config.attention_head_dim, self.config.rotary_base)
         segment_ids = mask = None
-        if past is None:
+        if slot_mask is None:  # nothing before this call: the tokens see each other only
             segment_ids = layout.attention_segments()
         else:
             slots = jnp.arange(past.max_length)[None, None]
@@ -362,30 +374,22 @@ class Zamba2ForCausalLM(PretrainedModel):
         Raises:
             ValueError: as in `Zamba2Model.__call__`; labels of another shape; labels together with `logits_to_keep`.
         """
+        inputs = check_inputs(
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, segment_ids
+        )
+        check_logits_to_keep(logits_to_keep, inputs)
         if labels is not None:
-            labels = _check_labels(labels, input_ids, inputs_embeds, self.config.vocab_size)
-            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-                raise ValueError(
-                    "labels need the scores of every token: leave logits_to_keep at 0, or leave labels out."
-                )
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            segment_ids,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            cache_length,
-            dropout_key,
+            labels = check_labels(labels, inputs, self.config.vocab_size)
+            if np.ndim(logits_to_keep) or logits_to_keep:
+                raise ValueError("labels need the scores of every token: leave logits_to_keep at 0, or labels out.")
+        outputs = self.model.run(
+            inputs, past_key_values, use_cache, output_attentions, output_hidden_states, cache_length, dropout_key
         )
         logits = self._head(_keep_columns(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            if segment_ids is not None:
-                labels = _forget_first_of_segment(labels, jnp.asarray(segment_ids))
+            if inputs.segment_ids is not None:
+                labels = _forget_first_of_segment(labels, inputs.segment_ids)
             loss = causal_lm_loss(logits, labels)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -449,78 +453,40 @@ class Zamba2ForSequenceClassification(PretrainedModel):
             ValueError: as in `Zamba2Model.__call__`; labels whose shape does not fit the problem; several rows in a
                 model without a padding token.
         """
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            None,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            cache_length,
-            dropout_key,
+        inputs = check_inputs(
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, None
+        )
+        if self.config.pad_token_id is None and inputs.batch_size > 1:
+            raise ValueError(
+                f"a batch of {inputs.batch_size} rows needs config.pad_token_id to find each row's last token; set it, "
+                "or pass rows one at a time."
+            )
+        if labels is not None:
+            problem, labels = check_class_labels(
+                labels, inputs.batch_size, self.config.num_labels, self.config.problem_type
+            )
+        outputs = self.model.run(
+            inputs, past_key_values, use_cache, output_attentions, output_hidden_states, cache_length, dropout_key
         )
         hidden = outputs.last_hidden_state
-        last = self._last_token(hidden.shape, input_ids, inputs_embeds, attention_mask)
+        last = self._last_token(inputs)
         logits = self.score(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
         return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(logits, jnp.asarray(labels)),
+            loss=None if labels is None else CLASSIFICATION_LOSSES[problem](logits, labels),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _last_token(
-        self,
-        shape: tuple[int, int, int],
-        input_ids: ArrayLike | None,
-        inputs_embeds: ArrayLike | None,
-        attention_mask: ArrayLike | None,
-    ) -> Int[Array, " b"]:
-        batch_size, length, _ = shape
-        if self.config.pad_token_id is None and batch_size > 1:
-            raise ValueError(
-                f"a batch of {batch_size} rows needs config.pad_token_id to find each row's last token; set it, "
-                "or pass rows one at a time."
-            )
-        if input_ids is not None and self.config.pad_token_id is not None:
-            real = jnp.asarray(input_ids) != self.config.pad_token_id
-        elif inputs_embeds is not None and attention_mask is not None:
-            real = jnp.asarray(attention_mask)[:, -length:].astype(bool)
+    def _last_token(self, inputs: ModelInputs) -> Int[Array, " b"]:
+        if inputs.ids is not None and self.config.pad_token_id is not None:
+            real = inputs.ids != self.config.pad_token_id
+        elif inputs.ids is None and inputs.token_mask is not None:
+            real = inputs.token_mask
         else:
-            return jnp.full((batch_size,), length - 1, jnp.int32)
-        return jnp.argmax(jnp.arange(length, dtype=jnp.int32) * real, axis=-1)
-
-    def _loss(self, logits: Float[Array, "b labels"], labels: jax.Array) -> Float[Array, ""]:
-        num_labels = self.config.num_labels
-        problem = self.config.problem_type
-        if problem is None:
-            if num_labels == 1:
-                problem = "regression"
-            elif jnp.issubdtype(labels.dtype, jnp.integer):
-                problem = "single_label_classification"
-            else:
-                problem = "multi_label_classification"
-
-        expected = {
-            "regression": (logits.shape,) if num_labels > 1 else (logits.shape, logits.shape[:1]),
-            "single_label_classification": (logits.shape[:1],),
-            "multi_label_classification": (logits.shape,),
-        }[problem]
-        if labels.shape not in expected:
-            raise ValueError(f"labels for {problem} must have shape {expected[-1]}, got {labels.shape}.")
-        match problem:
-            case "regression":
-                return mean_squared_error(logits, labels.reshape(logits.shape))
-            case "single_label_classification":
-                if not jnp.issubdtype(labels.dtype, jnp.integer):
-                    raise ValueError(f"labels for {problem} must be integers, got {labels.dtype}.")
-                return cross_entropy(logits, labels)
-            case _:
-                return binary_cross_entropy_with_logits(logits, labels)
+            return jnp.full((inputs.batch_size,), inputs.length - 1, jnp.int32)
+        return jnp.argmax(jnp.arange(inputs.length, dtype=jnp.int32) * real, axis=-1)
 
 
 def _fill_slots(past: Zamba2Cache, layout: TokenLayout, length: int) -> Bool[Array, "b slots"]:
@@ -529,32 +495,9 @@ def _fill_slots(past: Zamba2Cache, layout: TokenLayout, length: int) -> Bool[Arr
 
 
 def _keep_columns(hidden: Float[Array, "b l d"], logits_to_keep: int | ArrayLike) -> Float[Array, "b kept d"]:
-    if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be 0 (all), a count, or an index array, got {logits_to_keep}.")
-        return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
-    columns = jnp.asarray(logits_to_keep)
-    if columns.ndim != 1 or not jnp.issubdtype(columns.dtype, jnp.integer):
-        raise ValueError(
-            f"logits_to_keep must be an int or a 1-D integer array, got shape {columns.shape}, dtype {columns.dtype}."
-        )
-    return jnp.take(hidden, columns, axis=1)
-
-
-def _check_labels(
-    labels: ArrayLike, input_ids: ArrayLike | None, inputs_embeds: ArrayLike | None, vocab_size: int
-) -> Int[Array, "b l"]:
-    shape = jnp.shape(input_ids) if input_ids is not None else jnp.shape(inputs_embeds)[:2]
-    if jnp.shape(labels) != shape:
-        raise ValueError(f"labels must have the shape of the tokens, {shape}, got {jnp.shape(labels)}.")
-    if not isinstance(labels, jax.core.Tracer):
-        values = np.asarray(labels)
-        if not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"labels must be integers, got {values.dtype}.")
-        wrong = values[(values != -100) & ((values < 0) | (values >= vocab_size))]
-        if wrong.size:
-            raise ValueError(f"labels must be -100 or in [0, {vocab_size}), got {wrong[0]}.")
-    return jnp.asarray(labels)
+    if isinstance(logits_to_keep, int | np.integer):
+        return hidden if logits_to_keep == 0 else hidden[:, -int(logits_to_keep) :]
+    return jnp.take(hidden, jnp.asarray(logits_to_keep), axis=1)
 
 
 def _forget_first_of_segment(labels: Int[Array, "b l"], segment_ids: Int[Array, "b l"]) -> Int[Array, "b l"]:

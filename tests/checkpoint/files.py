@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from tests.oracle import torch_config, torch_model
+from bench.oracle import torch_config, torch_model
 
 Tensors = dict[str, torch.Tensor]
 _saved: dict[tuple, Path] = {}

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 import zamba2_jax
+from bench.oracle import SHAPES
 from tests.checkpoint.files import read, saved
-from tests.oracle import SHAPES
 from zamba2_jax.checkpoint.names import ARCHITECTURES, is_unused_adapter, table, written_names
 
 

@@ -12,8 +12,8 @@ import transformers
 from flax import nnx
 
 import zamba2_jax
+from bench.oracle import SHAPES, torch_config
 from tests.checkpoint.files import equal, read, saved, shard, share_blocks, write
-from tests.oracle import SHAPES, torch_config
 from zamba2_jax.checkpoint import load_pretrained, open_parameters, save_pretrained, write_hugging_face
 from zamba2_jax.checkpoint.save import parse_size
 

@@ -178,6 +178,8 @@ def chosen(monkeypatch, platform, arguments, **options):
     """Which implementation None stands for on a platform: the backends are replaced by ones that report themselves."""
     calls = []
     monkeypatch.setattr(module, "platform", lambda: platform)
+    monkeypatch.setattr(module, "_is_hopper_or_newer", lambda: True)
+    monkeypatch.setattr(module, "masked_attention", lambda query, *_, **__: calls.append("xla") or query)
     monkeypatch.setattr(module, "_splash", lambda query, *_: calls.append("splash") or query)
     monkeypatch.setattr(module, "causal_attention", lambda query, *_, **__: calls.append("xla") or query)
 
@@ -210,7 +212,7 @@ class TestChoice:
             ("gpu", {"head_dim": 224}, {"mask": MASK}, "cudnn"),
             ("gpu", {"dtype": jnp.float32}, {"is_causal": True}, "xla"),
             ("gpu", {"head_dim": 20}, {"is_causal": True}, "xla"),
-            ("gpu", {"length": 255}, {"is_causal": True}, "cudnn"),
+            ("gpu", {"length": 255}, {"is_causal": True}, "xla"),
             ("gpu", {"length": 255}, {"mask": ODD_MASK}, "xla"),
             ("tpu", {}, {"is_causal": True}, "splash"),
             ("tpu", {"dtype": jnp.float32, "head_dim": 160}, {"is_causal": True}, "splash"),
@@ -228,7 +230,7 @@ class TestChoice:
             ("cpu", "cudnn", {}, {}, "'cudnn' cannot serve: it needs a GPU, and this runs on cpu"),
             ("gpu", "cudnn", {"dtype": jnp.float32}, {}, "query has dtype float32; it takes bfloat16 and float16"),
             ("gpu", "cudnn", {"head_dim": 264}, {}, "head_dim is 264; it takes multiples of 8 up to 256"),
-            ("gpu", "cudnn", {"length": 255}, {"mask": ODD_MASK}, "255 queries and 255 keys; with mask or segment_ids"),
+            ("gpu", "cudnn", {"length": 255}, {"mask": ODD_MASK}, "255 queries and 255 keys; its gradient takes even"),
             ("gpu", "splash", {}, {"is_causal": True}, "'splash' cannot serve: it needs a TPU, and this runs on gpu"),
             ("tpu", "splash", {}, {}, "is_causal is False; it is set up for causal attention only"),
             ("tpu", "splash", {}, {"is_causal": True, "mask": MASK}, "mask was given; it takes is_causal and segment"),
@@ -349,3 +351,28 @@ class TestBlockedCausal:
 
         memory = jax.jit(jax.grad(loss)).lower(array, array, array).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.25 * 2 * length * length * 4
+
+    @pytest.mark.parametrize("length", [300, 1024])
+    def test_many_queries_against_a_cache(self, length):
+        slots = 1 << 14  # blocks of 64 queries: a rest, and none
+        rng = np.random.default_rng(length)
+        query = jnp.asarray(rng.normal(size=(2, length, 2, 3)), jnp.float32)
+        key, value = (jnp.asarray(rng.normal(size=(2, slots, 1, 3)), jnp.float32) for _ in range(2))
+        mask = jnp.asarray(rng.random((2, length, slots)) < 0.3).at[0, 5].set(False)
+        out = attention(query, key, value, mask=mask, implementation="xla")
+        wanted = attention(query, key, value, mask=mask, implementation="reference")
+        assert np.isfinite(out).all()
+        np.testing.assert_allclose(out, wanted, atol=2e-6)
+
+    def test_memory_of_reading_a_long_cache_is_bounded(self):
+        queries, slots, heads = 2048, 1 << 16, 2
+        query = jax.ShapeDtypeStruct((1, queries, heads, 8), jnp.float32)
+        key = jax.ShapeDtypeStruct((1, slots, heads, 8), jnp.float32)
+        mask = jax.ShapeDtypeStruct((1, queries, slots), jnp.bool_)
+
+        def run(query, key, value, mask):
+            return attention(query, key, value, mask=mask, implementation="xla")
+
+        memory = jax.jit(run).lower(query, key, key, mask).compile().memory_analysis()
+        # The mask's own copy is a byte a pair; all scores would be 4 * heads.
+        assert memory.temp_size_in_bytes < 0.25 * 4 * heads * queries * slots

@@ -110,7 +110,10 @@ class Mamba2Mixer(nnx.Module):
             chunk_size=self.config.chunk_size,
         )
         y = y.reshape(x.shape)
-        return y, None if state is None else MambaState(window_x, window_bc, ssm.astype(state.ssm.dtype))
+        if state is None:
+            return y, None
+        # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
+        return y, MambaState(window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm)
 
     def _step(
         self,

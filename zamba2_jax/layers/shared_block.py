@@ -33,7 +33,7 @@ class AttentionContext:
         rotation: cosines and sines (b, l, head_dim/2), or None without RoPE.
         segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment; padding is a
             segment of its own.
-        mask: (b, l, slots) or None: with a cache, the slots that each token sees.
+        mask: (b, l, slots) or None: with a cache that holds tokens already, the slots that each token sees.
         first_slot: () int32 or None: with a cache, the slot of the call's first column.
         dropout_key: key for attention dropout, or None for none.
         return_weights: whether attention probabilities are wanted.
@@ -71,18 +71,18 @@ class SharedAttention(nnx.Module):
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
-        if past is None:
-            visible = {"is_causal": True}
-            if context.segment_ids is not None:
-                visible["segment_ids"] = (context.segment_ids, context.segment_ids)
-        else:
+        visible = {"is_causal": True}
+        if context.segment_ids is not None:
+            visible["segment_ids"] = (context.segment_ids, context.segment_ids)
+        if past is not None:
             start = (0, context.first_slot, 0, 0)
             past = KeyValue(
                 jax.lax.dynamic_update_slice(past.key, key.astype(past.key.dtype), start),
                 jax.lax.dynamic_update_slice(past.value, value.astype(past.value.dtype), start),
             )
-            key, value = past.key.astype(query.dtype), past.value.astype(query.dtype)
-            visible = {"mask": context.mask}
+            if context.mask is not None:
+                key, value = past.key.astype(query.dtype), past.value.astype(query.dtype)
+                visible = {"mask": context.mask}
 
         scale = (self.config.attention_head_dim / 2) ** -0.5
         dropout_rate = self.dropout_rate if context.dropout_key is not None else 0.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
 from zamba2_jax.ops._platform import platform
-from zamba2_jax.ops.blocked_attention import causal_attention
+from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
@@ -46,11 +46,9 @@ def attention(
       is_causal: query i may see keys 0...i; needs l = s.
       segment_ids: None, or a pair of integer arrays (b, l) and (b, s): a query may see the keys of its own segment.
         The three conditions are joined by "and". A query that may see nothing gets an unspecified but finite result.
-      implementation: "reference", einsum and softmax; "xla", blocks of queries where is_causal is the only condition
-          besides
-        segment_ids (no (l, l) scores in memory), else jax.nn.dot_product_attention; "cudnn", the latter's kernel;
-        "splash", the TPU kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can
-        serve, and else xla.
+      implementation: "reference", einsum and softmax; "xla", blocks of queries where there are many (scores of all
+        of them are never in memory), else jax.nn.dot_product_attention; "cudnn", the latter's kernel; "splash", the TPU
+        kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can serve, and else xla.
 
     Returns:
       (b, l, heads, head_dim) in query's dtype.
@@ -81,6 +79,8 @@ def attention(
             return _splash(query, key, value, scale, segment_ids)
         case "xla" if is_causal and mask is None:
             return causal_attention(query, key, value, scale=scale, segment_ids=segment_ids, masked_score=MASKED_SCORE)
+        case "xla" if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):
+            return masked_attention(query, key, value, mask, scale=scale, masked_score=MASKED_SCORE)
         case _:
             # Causality is handed over as such, not as a mask: cuDNN then skips the upper half.
             mask = _join(mask, False, segment_ids, query, key)
@@ -199,10 +199,20 @@ def _cudnn_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
         return f"query has dtype {query.dtype}; it takes bfloat16 and float16"
     if head_dim % 8 or head_dim > 256:
         return f"head_dim is {head_dim}; it takes multiples of 8 up to 256"
-    if (mask is not None or segment_ids is not None) and (queries % 2 or key.shape[1] % 2):
-        numbers = f"there are {queries} queries and {key.shape[1]} keys"
-        return f"{numbers}; with mask or segment_ids, its gradient takes even numbers"
+    if head_dim > 128 and not _is_hopper_or_newer():
+        return f"head_dim is {head_dim}; it takes more than 128 on compute capability 9.0 and newer only"
+    if queries % 2 or key.shape[1] % 2:
+        return f"there are {queries} queries and {key.shape[1]} keys; its gradient takes even numbers"
     return None
+
+
+def _is_hopper_or_newer() -> bool:
+    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
+
+
+def _is_large(query, key) -> bool:
+    """Whether the scores of all queries at once are more than one block of `masked_attention`."""
+    return query.shape[1] > rows_per_block(key.shape[1])
 
 
 def _splash_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:

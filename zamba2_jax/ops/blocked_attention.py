@@ -1,4 +1,4 @@
-"""Causal attention in plain XLA, a block of queries at a time: no (l, l) scores in memory, and little work above the
+"""Attention in plain XLA, a block of queries at a time: no (l, l) scores in memory, and little work above the
 diagonal.
 
 What `jax.nn.dot_product_attention` does for the same arguments takes all scores at once; on two CPU cores, float32, 12
@@ -25,24 +25,15 @@ def causal_attention(
 ) -> jax.Array:
     """Shapes as in `ops.attention.attention`, with as many queries as keys. The backward pass recomputes each block's
     weights."""
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    # Heads before the length: the products are then plain batched ones.
-    grouped = jnp.moveaxis(query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
-    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+    length, head_dim = query.shape[1], query.shape[3]
+    grouped, key, value = _heads_first(query, key, value)
 
     @jax.checkpoint
     def attend(query, of_query, key, value, of_key, start):
-        scores = jnp.einsum("bkgld,bksd->bkgls", query, key, preferred_element_type=jnp.float32) * scale
-        rows = start + jnp.arange(query.shape[3])
-        visible = rows[:, None] >= jnp.arange(key.shape[2])
+        visible = start + jnp.arange(query.shape[3])[:, None] >= jnp.arange(key.shape[2])
         if of_query is not None:
             visible = visible & (of_query[:, :, None] == of_key[:, None, :])[:, None, None]
-        scores = jnp.where(visible, scores, masked_score)
-        # Normalised after the product with the values: that is head_dim numbers a query instead of one for every key.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        mixed = jnp.einsum("bkgls,bksd->bkgld", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        return (mixed / weights.sum(axis=-1, keepdims=True)).astype(query.dtype)
+        return _attend(query, key, value, visible, scale, masked_score)
 
     def of_block(start):
         return (
@@ -68,3 +59,48 @@ def causal_attention(
         of_query, of_key = (None, None) if segment_ids is None else (segment_ids[0][:, start:], segment_ids[1])
         parts.append(attend(grouped[..., start:, :], of_query, key, value, of_key, start))
     return jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1).reshape(query.shape)
+
+
+def masked_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float, masked_score: float
+) -> jax.Array:
+    """The same for a mask (b, 1, l, s): many tokens at once read a cache. Blocks are as small as the cache is long."""
+    length, slots = query.shape[1], key.shape[1]
+    block = rows_per_block(slots)
+    blocks = -(-length // block)
+    padding = blocks * block - length
+    grouped, key, value = _heads_first(query, key, value)
+    grouped = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0)))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+    @jax.checkpoint
+    def attend(start):
+        part = jax.lax.dynamic_slice_in_dim(grouped, start, block, axis=3)
+        visible = jax.lax.dynamic_slice_in_dim(mask, start, block, axis=2)
+        return _attend(part, key, value, visible[:, :, None], scale, masked_score)
+
+    mixed = jnp.moveaxis(jax.lax.map(attend, jnp.arange(blocks) * block), 0, 3)
+    mixed = mixed.reshape(*grouped.shape)[..., :length, :]
+    return jnp.moveaxis(mixed, 3, 1).reshape(query.shape)
+
+
+def rows_per_block(slots: int) -> int:
+    """Queries per block against so many slots: scores of one head stay within 4 MB where a block of 16 allows it."""
+    return min(BLOCK, max(16, (1 << 20) // slots))
+
+
+def _heads_first(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(b, kv_heads, heads per kv_head, l, head_dim), twice (b, kv_heads, s, head_dim): plain batched products."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = jnp.moveaxis(query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
+    return grouped, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+
+
+def _attend(query, key, value, visible, scale, masked_score) -> jax.Array:
+    scores = jnp.einsum("bkgld,bksd->bkgls", query, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(visible, scores, masked_score)
+    # Normalised after the product with the values: that is head_dim numbers a query instead of one for every key.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bkgls,bksd->bkgld", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / weights.sum(axis=-1, keepdims=True)).astype(query.dtype)

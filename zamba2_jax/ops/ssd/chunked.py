@@ -74,7 +74,8 @@ def ssd(
 
         scores = product("bign,bjgn->bgij", C, B)
         weights = (scores[:, :, None] * decay_between * dt[..., None, :]).astype(dtype)
-        y = product("bgeij,bjgep->bigep", weights, x)
+        # Tokens are moved to their place afterwards: asked for directly, XLA transposes the result number by number.
+        y = jnp.moveaxis(product("bgeij,bjgep->bgeip", weights, x), 3, 1)
         carried = product("bign,bgepn->bigep", C, state.astype(dtype))
         y = y + carried * jnp.moveaxis(decay_from_start, -1, 1)[..., None]
         if D is not None:

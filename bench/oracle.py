@@ -4,6 +4,7 @@ weights."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import transformers
 from flax import nnx
 
 import zamba2_jax
-from bench.peer import without_dt_clamp
 
 # The published shapes, scaled down: the same pattern of layers, blocks, groups, adapters and RoPE; and unusual ones.
 BASE = {
@@ -140,6 +140,14 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def without_dt_clamp(model: torch.nn.Module) -> None:
+    """Lifts the lower bound that transformers 5 puts on dt in prefill, but not in decoding; the models were trained
+    without."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, math.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """The same weights as a torch model and as one of ours, and the directory that holds them."""
@@ -213,3 +221,26 @@ def jit_call(model: Any, **static: Any):
         return nnx.merge(graphdef, state)(**inputs, **static)
 
     return lambda **inputs: call(state, inputs)
+
+
+def cache_error(models: Pair, length: int) -> float:
+    """The largest relative error among the states, windows, keys and values after `length` tokens."""
+    ids = tokens(models.jax.config.vocab_size, 2, length)
+    with torch.no_grad():
+        theirs = models.torch(to_torch(ids), use_cache=True).past_key_values
+    ours = jit_call(models.jax, use_cache=True, cache_length=length)(input_ids=ids).past_key_values
+    errors = []
+    for state, layer in zip(ours.mamba, theirs.layers, strict=True):
+        bc = np.asarray(state.conv_bc).reshape(*state.conv_bc.shape[:2], -1)
+        window = np.concatenate([state.conv_x, bc], axis=-1).swapaxes(1, 2)
+        errors.append(relative_error(window, _only(layer.conv_states)[..., -window.shape[-1] :]))
+        errors.append(relative_error(state.ssm, _only(layer.recurrent_states)))
+    for index, entry in zip(models.jax.config.hybrid_layer_ids, ours.attention, strict=True):
+        errors.append(relative_error(np.swapaxes(entry.key, 1, 2), theirs.layers[index].keys))
+        errors.append(relative_error(np.swapaxes(entry.value, 1, 2), theirs.layers[index].values))
+    return max(errors)
+
+
+def _only(states: Any) -> torch.Tensor:
+    """transformers keeps one state per layer, in some releases inside a list or a dict."""
+    return states if isinstance(states, torch.Tensor) else states[0]
