@@ -4,13 +4,14 @@
 import argparse
 import sys
 
-from bench import compiles, full_shape, parity, speed
+from bench import compiles, full_shape, parity, speed, tpu
 
 CASES = {
     "parity": (parity.main, "largest differences from PyTorch, float32, on small models of every kind"),
     "speed": (speed.main, "prefill and decoding of a 100 M model against PyTorch, one process each"),
     "compiles": (compiles.main, "programs compiled for 20 prompts of 20 lengths"),
     "full-shape": (full_shape.main, "the 1.2B shape from transformers' file: logits and memory; needs 12 GB of memory"),
+    "tpu": (tpu.main, "compiles the 1.2B shape for a v5e chip; needs libtpu, not a TPU"),
 }
 QUICK = ("parity", "speed", "compiles")
 

@@ -186,6 +186,14 @@ def test_the_cache_equals_pytorchs(oracle_dir, shape):
     assert cache_error(pair(oracle_dir, shape), 19) < TOLERANCE
 
 
+def test_a_cache_keeps_its_own_dtypes(oracle_dir):
+    model = type(pair(oracle_dir, "1.2B").jax).from_pretrained(pair(oracle_dir, "1.2B").path, dtype=jnp.bfloat16)
+    cache = model.init_cache(1, 8, dtype=jnp.float32)
+    for length in (3, 1):
+        after = jax.eval_shape(lambda ids, cache: model(ids, past_key_values=cache), tokens(131, 1, length), cache)
+        assert jax.tree.map(lambda leaf: leaf.dtype, after.past_key_values) == jax.tree.map(lambda x: x.dtype, cache)
+
+
 def test_masks_may_cover_the_past_too(oracle_dir):
     models = pair(oracle_dir, "1.2B")
     ids, mask = padded(tokens(models.jax.config.vocab_size, 2, 12), [12, 7], "left")
