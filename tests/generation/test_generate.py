@@ -337,7 +337,7 @@ IDS = [[5, 6, 7]]
         ({"cache_length": 8, "prefill_chunk": 3}, "cache_length must be at least 12 for a prompt padded to 3.*got 8"),
         ({"past_key_values": "cache"}, "past_key_values must be a Zamba2Cache, got str"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors(model, arguments, message):
     with compilations() as compiled, pytest.raises(ValueError, match=message):
