@@ -206,7 +206,7 @@ class Zamba2Model(PretrainedModel):
             attention_mask: (b, l), 1 or True at real tokens, for this call's tokens; or (b, length + l) with a cache,
                 for past and new ones, of which the last l are read. Masked tokens before a row's first and after its
                 last real one are absent: the row continues as if it had not been padded. Between real tokens they are
-                    hidden, but time passes.
+                hidden, but time passes.
             position_ids: (b, l) or (1, l), for the rotary embedding. None counts from each row's first real token, or
                 from the cache's.
             past_key_values: continue from this cache; the call takes the next l of its slots.

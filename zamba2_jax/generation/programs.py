@@ -176,7 +176,7 @@ def gumbel_noise(seed: UInt32[Array, ""], step: Int32[Array, ""], shape: tuple[i
     """Noise whose argmax with log-probabilities is a draw from them.
 
     Each row and step has a key of its own: what a row draws depends on neither the batch's size nor how steps are
-        grouped into calls.
+    grouped into calls.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(shape[0]))
