@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
+# The rows of a batch are split over both: `fsdp` differs from `data` in what it does to parameters only.
+BATCH_AXES = ("data", "fsdp")
+
 # Logical axis -> mesh axis. Heads, widths and vocabulary are split over `tensor`; the model width, which every matrix
 # has on one side, over `fsdp`. What is not listed, or listed as None, is replicated.
 RULES: Mapping[str, str | None] = {

@@ -12,3 +12,8 @@ def platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def compute_capability() -> float:
+    """Returns that of the first GPU, such as 9.0; 0.0 where JAX's default backend is no NVIDIA GPU."""
+    return float(getattr(jax.devices()[0], "compute_capability", 0))

@@ -2,24 +2,29 @@
 chosen."""
 
 import functools
+import importlib.util
+from types import ModuleType
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_rank, check_shape
-from zamba2_jax.ops._platform import platform
+from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.ssd import associative, chunked, reference
+from zamba2_jax.ops.ssd.partition import partitioned
 
-Implementation = Literal["reference", "scan", "chunked"]
-IMPLEMENTATIONS = ("reference", "scan", "chunked")
+Implementation = Literal["reference", "scan", "chunked", "pallas_gpu", "pallas_tpu"]
+IMPLEMENTATIONS = ("reference", "scan", "chunked", "pallas_gpu", "pallas_tpu")
+# The fused kernel of each platform that has one.
+FUSED = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 # The result does not depend on the chunk length and the time does: the (q, q) work per token grows with q. On two cores
 # in float32 (length 512, 64 heads of 64, state 128), chunks of 32, 64 and 128 took 32, 51 and 74 ms; 16 was no faster.
 CPU_CHUNK_SIZE = 32
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size", "implementation"))
+@functools.partial(jax.jit, static_argnames=("chunk_size", "implementation", "interpret"))
 def ssd(
     x: jax.Array,
     dt: jax.Array,
@@ -32,6 +37,7 @@ def ssd(
     segment_ids: jax.Array | None = None,
     chunk_size: int = 256,
     implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the state-space recurrence over a sequence.
 
@@ -47,7 +53,7 @@ def ssd(
       dt: (b, l, h) time steps, not negative: `time_step` makes them. A token with dt = 0 leaves the state as it is and
         adds nothing to it, so that zero marks padding.
       A: (h,), negative.
-      B, C: (b, l, g, n), floating; cast to x.dtype by the chunked form.
+      B, C: (b, l, g, n), floating; cast to x.dtype by the chunked and the fused forms.
       D: (h,) or None, the skip connection.
       initial_state: (b, h, p, n) or None for zeros.
       segment_ids: (b, l) integers or None. Where the id changes from one token to the next, the state is zeroed, so
@@ -55,18 +61,25 @@ def ssd(
         first token.
       chunk_size: the longest chunk of the chunked form. The result does not depend on it beyond rounding. Chunks are
         made equally long, never longer than the sequence, and on CPU never longer than `CPU_CHUNK_SIZE`, where larger
-        ones were measured to be slower.
+        ones were measured to be slower. The fused kernels have their own chunks.
       implementation: "reference", the plain recurrence; "scan", a parallel prefix over time that holds every state;
-        "chunked", matrix products within chunks. None is "chunked".
+        "chunked", matrix products within chunks, in XLA's operations; "pallas_gpu" and "pallas_tpu", the same in one
+        kernel that keeps matrices and states on the chip, for NVIDIA GPUs of compute capability 9.0 and newer and for
+        TPUs. None takes the fused kernel where there is one that can serve, and else "chunked". On a mesh
+        (`jax.set_mesh`), a fused kernel runs on each device's rows and heads.
+      interpret: run the named fused kernel in Pallas' interpreter, on any platform. For tests: it is slow.
 
     Returns:
       y (b, l, h, p) in x.dtype, and the state after the last token, (b, h, p, n) float32; it belongs to the last
       token's segment.
 
     Raises:
-      ValueError: a shape, dtype or name that does not fit, naming the argument.
+      ValueError: a shape, dtype or name that does not fit, naming the argument; or a fused kernel that cannot serve,
+        saying why.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if interpret and implementation not in FUSED.values():
+        raise ValueError(f"interpret is True with implementation {implementation!r}; it is for a named fused kernel")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1")
     check_rank("x", x, 4, "(b, l, h, p)")
@@ -82,22 +95,37 @@ def ssd(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, headdim, state_size), jnp.float32)
     _check_state("initial_state", initial_state, (batch, heads, headdim, state_size))
-    resets = jnp.zeros((batch, length), bool)
+    resets = None
     if segment_ids is not None:
         check_shape("segment_ids", segment_ids, (batch, length), "(b, l)")
         check_integer("segment_ids", segment_ids)
-        resets = resets.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        resets = jnp.pad(changes, ((0, 0), (1, 0)))
+
+    if implementation is None:
+        fused = FUSED.get(platform())
+        implementation = fused if fused and _obstacle(fused, x, B) is None else "chunked"
+    elif implementation in FUSED.values():
+        obstacle = _obstacle(implementation, x, B, interpret=interpret)
+        if obstacle is not None:
+            raise ValueError(f"implementation {implementation!r} cannot serve: {obstacle}")
 
     dt, A, D, initial_state = _as_float32(dt, A, D, initial_state)
-    match implementation or "chunked":
+    arguments = (x, dt, A, B, C, D, initial_state)
+    if implementation in FUSED.values():
+        kernel = functools.partial(_module(implementation).ssd, interpret=interpret)
+        return partitioned(kernel, *arguments, resets)
+    if resets is None:
+        resets = jnp.zeros((batch, length), bool)
+    match implementation:
         case "reference":
-            return reference.ssd(x, dt, A, B, C, D, initial_state, resets)
+            return reference.ssd(*arguments, resets)
         case "scan":
-            return associative.ssd(x, dt, A, B, C, D, initial_state, resets)
+            return associative.ssd(*arguments, resets)
         case "chunked":
             if platform() == "cpu":
                 chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
-            return chunked.ssd(x, dt, A, B, C, D, initial_state, resets, chunk_size=chunk_size)
+            return chunked.ssd(*arguments, resets, chunk_size=chunk_size)
 
 
 @jax.jit
@@ -175,6 +203,26 @@ def time_step(
             raise ValueError(f"mask has dtype {mask.dtype}; it must be bool, True at real tokens")
         step = jnp.where(mask[..., None], step, 0.0)
     return step
+
+
+def _module(name: str) -> ModuleType:
+    # Imported when called for: Pallas is slow to import.
+    return importlib.import_module(f"zamba2_jax.ops.ssd.{name}")
+
+
+def _obstacle(name: str, x: jax.Array, B: jax.Array, *, interpret: bool = False) -> str | None:
+    """Why the fused kernel cannot serve, or None where it can."""
+    if not interpret:
+        wanted = next(platform for platform, fused in FUSED.items() if fused == name)
+        if platform() != wanted:
+            return (
+                f"it needs a {wanted.upper()}, and this runs on {platform()} (interpret=True runs it anywhere, slowly)"
+            )
+        if wanted == "gpu" and compute_capability() < 9.0:
+            return f"it needs compute capability 9.0 or newer, and this GPU has {compute_capability()}"
+    if importlib.util.find_spec(f"zamba2_jax.ops.ssd.{name}") is None:
+        return "it is not written yet"
+    return _module(name).obstacle(x, B)
 
 
 def _check_common(x, dt, A, B, C, D, groups) -> None:
