@@ -1,10 +1,10 @@
-"""The recurrence in fused kernels for NVIDIA GPUs (compute capability 9.0 and newer are measured).
+"""The recurrence in fused kernels for NVIDIA GPUs: one walk over the chunks forward, backward from recomputed states.
 
-One kernel forward and three backward; `pallas_gpu_kernels` says how they work. Here are their arguments' preparation and
-the rule of differentiation.
+`pallas_gpu_kernels` says how the kernels work. Here are the preparation of their arguments, their launches' sizes,
+chosen by measurement on an H100, and the rule of differentiation.
 
-Pallas has two ways to an NVIDIA GPU. Its Triton backend, used here, is deprecated since JAX 0.11 in favour of Mosaic GPU
-(and is the reason, with others, for the upper bound on jax in pyproject.toml).
+Pallas has two ways to an NVIDIA GPU. Its Triton backend, used here, is deprecated since JAX 0.11 in favour of Mosaic
+GPU; that is one reason for the upper bound on jax in pyproject.toml.
 """
 
 import functools
@@ -67,7 +67,9 @@ def ssd(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _ssd(x, dt, a, B, C, D, state, chunk, interpret):
-    return kernels.forward(x, dt, a, B, C, D, state, _walk(x, chunk, warps=4, stages=2), interpret)
+    s = kernels.sums(a, x.dtype, Launch(chunk, warps=4, stages=1, interpret=interpret))
+    walk = Launch(chunk, warps=4, stages=2, split=_split(x), interpret=interpret)
+    return kernels.forward(x, dt, s, B, C, D, state, walk)
 
 
 def _ssd_forward(x, dt, a, B, C, D, state, chunk, interpret):
@@ -77,25 +79,44 @@ def _ssd_forward(x, dt, a, B, C, D, state, chunk, interpret):
 def _ssd_backward(chunk, interpret, residuals, gradients):
     x, dt, a, B, C, D, state = residuals
     dy, dstate = gradients
-    walk = _walk(x, chunk, warps=4, stages=3)
-    starts, _ = kernels.states(x, dt, a, B, state, walk, interpret, backwards=False)
-    ends, dstate = kernels.states(dy, None, a, C, dstate, walk, interpret, backwards=True)
-    launch = Launch(chunk, warps=8, stages=2, heads=_heads_per_program(x, B.shape[2], chunk))
-    dx, ddt, da, dB, dC, dD = kernels.backward(x, dt, a, B, C, D, starts, dy, ends, launch, interpret)
+    launch = functools.partial(Launch, chunk, interpret=interpret)
+    s = kernels.sums(a, x.dtype, launch(warps=4, stages=1))
+    walk = launch(warps=4, stages=3, split=_split(x))
+    starts, _ = kernels.states(x, dt, s, B, state, walk)
+    ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
+    dx, ddt, ds, at_end, skip, state_at_end = kernels.backward_heads(
+        x, dt, s, B, C, D, starts, dy, ends, launch(warps=4, stages=2)
+    )
+    some = _heads_per_program(x, B.shape[2], chunk)
+    dB, dC = kernels.backward_groups(x, dt, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
     dB, dC = (partial.sum(axis=0).astype(B.dtype) for partial in (dB, dC))
-    return dx, ddt, da, dB, dC, None if D is None else dD.sum(axis=(0, 2)), dstate
+    da = _sum_to_end(ds, at_end, state_at_end.sum(axis=-1), chunk)
+    return dx, ddt, da, dB, dC, None if D is None else skip.sum(axis=(0, 2)), dstate
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
-def _walk(x: jax.Array, chunk: int, *, warps: int, stages: int) -> Launch:
-    """Few rows and heads leave the machine idle: their head dims are then divided, down to the smallest tile."""
+def _sum_to_end(ds: jax.Array, at_end: jax.Array, state_at_end: jax.Array, chunk: int) -> jax.Array:
+    """da_t: the sum of ds (b,h,l) from t to the end of its chunk, and all that is felt there: at_end (b,h,l),
+    state_at_end (b,h,c)."""
+    batch, heads, length = ds.shape
+    chunks = state_at_end.shape[2]
+
+    def by_chunk(array):
+        padded = jnp.pad(array, ((0, 0), (0, 0), (0, chunks * chunk - length)))
+        return padded.reshape(batch, heads, chunks, chunk)
+
+    later = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
+    da = jnp.matmul(by_chunk(ds), later, precision=jax.lax.Precision.HIGHEST)
+    da += (by_chunk(at_end).sum(axis=-1) + state_at_end)[..., None]
+    return da.reshape(batch, heads, chunks * chunk)[..., :length]
+
+
+def _split(x: jax.Array) -> int:
+    """Few rows and heads leave the machine idle: each head dim is then halved."""
     batch, _, heads, headdim = x.shape
-    split = 1
-    while batch * heads * split < PROGRAMS and headdim // (2 * split) >= SMALLEST and split < 2:
-        split *= 2
-    return Launch(chunk, warps=warps, stages=stages, split=split)
+    return 2 if batch * heads < PROGRAMS and headdim >= 2 * SMALLEST else 1
 
 
 def _heads_per_program(x: jax.Array, groups: int, chunk: int) -> int:
