@@ -36,8 +36,8 @@ from zamba2_jax.layers.rope import rotation
 from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
 from zamba2_jax.ops.losses import (
     binary_cross_entropy_with_logits,
-    causal_lm_loss,
     cross_entropy,
+    linear_causal_lm_loss,
     mean_squared_error,
 )
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
@@ -367,6 +367,9 @@ class Zamba2ForCausalLM(PretrainedModel):
         Args:
             labels: (b, l) integers, usually `input_ids` themselves: the shift by one happens here. -100 is not counted;
                 neither is, in a packed row, the last token of a segment, whose successor belongs to another document.
+                The loss does not read `logits` but makes scores of its own, a block of tokens at a time. Under jit,
+                logits that the program does not return are not computed, so that `jax.grad` of the loss holds no (b, l,
+                v) array; eager, both are.
             logits_to_keep: compute scores for the last so many tokens only; 0 for all. Or a 1-D integer array: for
                 those columns. The loss needs them all.
             The others: as in `Zamba2Model.__call__`.
@@ -390,7 +393,7 @@ class Zamba2ForCausalLM(PretrainedModel):
         if labels is not None:
             if inputs.segment_ids is not None:
                 labels = _forget_first_of_segment(labels, inputs.segment_ids)
-            loss = causal_lm_loss(logits, labels)
+            loss = self._loss(outputs.last_hidden_state, labels)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -401,6 +404,11 @@ class Zamba2ForCausalLM(PretrainedModel):
 
     def _head(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
         return self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+
+    def _loss(self, hidden: Float[Array, "b l d"], labels: Int[Array, "b l"]) -> Float[Array, ""]:
+        if self.lm_head is None:
+            return linear_causal_lm_loss(hidden, self.model.embed_tokens.embedding[...], labels, vocab_axis=0)
+        return linear_causal_lm_loss(hidden, self.lm_head.kernel[...], labels, vocab_axis=1)
 
     generate = generate
 
