@@ -26,7 +26,7 @@ LENGTH = 2 * CHUNK + 7
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 
-@pytest.fixture(params=[name for name in IMPLEMENTATIONS if name != "pallas_tpu"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def form(request):
     """The arguments of `ssd` that choose an implementation: a fused kernel runs for real where its device is, and is
     interpreted elsewhere."""

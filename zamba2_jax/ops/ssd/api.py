@@ -2,7 +2,7 @@
 chosen."""
 
 import functools
-import importlib.util
+import importlib
 from types import ModuleType
 from typing import Literal
 
@@ -220,8 +220,6 @@ def _obstacle(name: str, x: jax.Array, B: jax.Array, *, interpret: bool = False)
             )
         if wanted == "gpu" and compute_capability() < 9.0:
             return f"it needs compute capability 9.0 or newer, and this GPU has {compute_capability()}"
-    if importlib.util.find_spec(f"zamba2_jax.ops.ssd.{name}") is None:
-        return "it is not written yet"
     return _module(name).obstacle(x, B)
 
 
