@@ -85,7 +85,7 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
     starts, _ = kernels.states(x, dt, s, B, state, walk)
     ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
     dx, ddt, ds, at_end, skip, state_at_end = kernels.backward_heads(
-        x, dt, s, B, C, D, starts, dy, ends, launch(warps=4, stages=2)
+        x, dt, s, B, C, D, starts, dy, ends, launch(warps=4, stages=1)
     )
     some = _heads_per_program(x, B.shape[2], chunk)
     dB, dC = kernels.backward_groups(x, dt, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
@@ -120,11 +120,11 @@ def _split(x: jax.Array) -> int:
 
 
 def _heads_per_program(x: jax.Array, groups: int, chunk: int) -> int:
-    """As many heads as add up in registers (16 at most) while four waves of programs are left."""
+    """As many heads as add up in registers (32 at most) while four waves of programs are left."""
     batch, length, heads, _ = x.shape
     group_heads = heads // groups
     programs = batch * heads * -(-length // chunk)
-    fits = [count for count in range(1, 17) if group_heads % count == 0 and programs // count >= 4 * PROGRAMS]
+    fits = [count for count in range(1, 33) if group_heads % count == 0 and programs // count >= 4 * PROGRAMS]
     return max(fits, default=1)
 
 
