@@ -1,39 +1,62 @@
-"""`python -m bench`: every measurement that a CPU can make in a few minutes; `python -m bench NAME` one of them;
-`--help` lists them."""
+"""`python -m bench`: the measurements behind every number in the README."""
 
-import argparse
 import sys
+from collections.abc import Callable, Sequence
 
-from bench import compiles, full_shape, parity, speed, tpu
+HELP = """python -m bench [options]     times every case on this machine's device; --help lists them
+python -m bench table FILE..  writes the README's tables from result files
+python -m bench plot FILE..   draws a result file's plots again
+python -m bench parity        largest differences from PyTorch, float32, on small models of every kind
+python -m bench compiles      programs compiled for 20 prompts of 20 lengths
+python -m bench full-shape    the 1.2B shape from transformers' file: logits and memory; needs 12 GB of memory
+python -m bench tpu           compiles the three shapes for TPU chips; needs libtpu, not a TPU
+Checkpoint conversion of the large shapes: python -m bench.convert_memory --help
+"""
 
-CASES = {
-    "parity": (parity.main, "largest differences from PyTorch, float32, on small models of every kind"),
-    "speed": (speed.main, "prefill and decoding of a 100 M model against PyTorch, one process each"),
-    "compiles": (compiles.main, "programs compiled for 20 prompts of 20 lengths"),
-    "full-shape": (full_shape.main, "the 1.2B shape from transformers' file: logits and memory; needs 12 GB of memory"),
-    "tpu": (tpu.main, "compiles the 1.2B shape for a v5e chip; needs libtpu, not a TPU"),
+
+def main(arguments: Sequence[str]) -> int:
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(HELP)
+    if not name or name.startswith("-"):
+        from bench import speed
+
+        return speed.main(arguments)
+    if name not in COMMANDS:
+        sys.exit(f"unknown command {name!r}; there are {', '.join(COMMANDS)}, or options alone.")
+    return COMMANDS[name](arguments[1:]) or 0
+
+
+def _plain(module: str) -> Callable[[Sequence[str]], None]:
+    """A program without options."""
+
+    def run(arguments: Sequence[str]) -> None:
+        if arguments:
+            sys.exit(f"this command takes no arguments, got {' '.join(arguments)}")
+        _module(module).main()
+
+    return run
+
+
+def _with_options(module: str) -> Callable[[Sequence[str]], int]:
+    return lambda arguments: _module(module).main(arguments)
+
+
+def _module(name: str):
+    # Imported when needed: some need PyTorch, some must set up the process before JAX starts.
+    import importlib
+
+    return importlib.import_module(f"bench.{name}")
+
+
+COMMANDS = {
+    "table": _with_options("table"),
+    "plot": _with_options("plots"),
+    "parity": _plain("parity"),
+    "compiles": _plain("compiles"),
+    "full-shape": _plain("full_shape"),
+    "tpu": _with_options("tpu"),
 }
-QUICK = ("parity", "speed", "compiles")
-
-
-def main() -> int:
-    listing = "\n".join(f"  {name:12s} {text}" for name, (_, text) in CASES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=f"{__doc__}\n\n{listing}\n\n"
-        "Checkpoint conversion of the large shapes: python -m bench.convert_memory --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("cases", nargs="*", metavar="NAME", help=f"default: {' '.join(QUICK)}")
-    names = parser.parse_args().cases or QUICK
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        parser.error(f"unknown case {unknown[0]!r}; there are {', '.join(CASES)}")
-    for name in names:
-        print(f"\n== {name}: {CASES[name][1]}", flush=True)
-        CASES[name][0]()
-    return 0
-
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

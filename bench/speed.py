@@ -1,117 +1,238 @@
-"""Prefill and decoding of a 100 M-parameter model, float32, against PyTorch on the same CPU: one process each, in
-turn."""
+"""`python -m bench`: times every case on this machine's device, beside PyTorch with --peer, and writes JSON and plots.
+
+Each side runs in processes of its own, and only one side works at a time. Ours gets a new process for each group of
+cases, since JAX's peak of device memory cannot be reset; a first token and a load get one to themselves. Which side
+goes first alternates from group to group.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
+import contextlib
+import dataclasses
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from bench import results, table
+from bench.cases import GROUPS, Case, cases_of
+from bench.limits import limit
+from bench.processes import CaseError, Worker
+from bench.sizes import PUBLISHED, SIZES, config_of, scale_of, torch_config
 
-from zamba2_jax import Zamba2Config
-
-# The 1.2B shape made smaller: one shared block used twice, attention adapters, RoPE, heads of 64.
-SIZES = {
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "num_hidden_layers": 16,
-    "mamba_d_state": 128,
-    "n_mamba_heads": 24,
-    "num_attention_heads": 12,
-    "adapter_rank": 64,
-    "use_mem_rope": True,
-    "use_shared_attention_adapter": True,
-    "layers_block_type": ["hybrid" if index in (5, 11) else "linear_attention" for index in range(16)],
-}
-PREFILL = (128, 512, 2048)
-PROMPT, FEW, MANY = 128, 8, 72
+_SETUP_SECONDS = 300.0
+_SIDES = ("ours", "peer")
 
 
-def main() -> None:
-    figures = {side: [_run(side)] for side in ("torch", "jax")}
-    for side in figures:  # a second round, so that a busy moment does not decide
-        figures[side].append(_run(side))
-    best = {side: {case: min(run[case] for run in runs) for case in runs[0]} for side, runs in figures.items()}
-    print(f"{'':18s}{'PyTorch':>14s}{'zamba2_jax':>14s}{'ratio':>8s}")
-    for case, seconds in best["torch"].items():
-        ours = best["jax"][case]
-        print(f"{case:18s}{seconds * 1e3:11.1f} ms{ours * 1e3:11.1f} ms{seconds / ours:8.2f}")
-    parameters = Zamba2Config.from_dict(SIZES).num_parameters()
-    print(f"{parameters:,} parameters, float32, {os.cpu_count()} cores; wanted: each ratio at least 2")
-    print("medians of 5; the better of two runs in turn; JAX without its compilation")
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__ + "\n\ncases:\n" + "\n".join(f"  {name:12s} {text}" for name, text in GROUPS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", help="1.2b, 2.7b, 7b, or several with commas; on a CPU: small. Default: 1.2b, small")
+    parser.add_argument("--cases", help="groups of cases, with commas, run in this order. Default: all but int8, int4")
+    parser.add_argument("--peer", action="store_true", help="run PyTorch's Zamba2 too, and print ratios")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case on one side (%(default)s)")
+    parser.add_argument("--deadline", type=float, help="seconds after which no further case is started")
+    parser.add_argument("--output", type=Path, help="result file; default: bench/results/<device>-<date>.json")
+    parser.add_argument("--commit", help="what to record as the commit, where the checkout has no git")
+    parser.add_argument("--no-plots", action="store_true")
+    return parser
 
 
-def _run(side: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.speed", side]
-    on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=on_cpu)
-    return json.loads(done.stdout.splitlines()[-1])
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    groups = options.cases.split(",") if options.cases else [name for name in GROUPS if name not in ("int8", "int4")]
+    sizes = options.size.split(",") if options.size else []
+    for size in sizes:
+        if size not in SIZES:
+            parser().error(f"--size must be among {', '.join(SIZES)}, got {size!r}")
+    if options.quick and sizes:
+        parser().error("--quick has a model of its own; leave --size out")
+    try:
+        cases_of("tiny", groups)
+    except ValueError as error:
+        parser().error(str(error))
+
+    with Worker("jax", _environment("ours", {})) as worker:
+        device = worker.ask({"do": "describe"}, _SETUP_SECONDS)
+        on_cpu = device["platform"] == "cpu"
+        if options.quick:
+            sizes = ["tiny"]
+        elif not sizes:
+            sizes = ["small" if on_cpu else "1.2b"]
+        if on_cpu and set(sizes) & set(PUBLISHED):
+            parser().error("the published sizes take hours on a CPU; leave --size out for a model made smaller")
+        if on_cpu:
+            print("This is a CPU: small shapes, float32. Figures of a GPU or TPU need one.", flush=True)
+        rates = worker.ask({"do": "ceilings", "size": sizes[0]}, _SETUP_SECONDS)
+    run = results.environment(device) | {
+        "kind": "speed",
+        "peer": None,
+        "ceilings": rates,
+        "order": "groups of cases in turn; in each, first ours and then the peer, in the next the other way round",
+        "seconds": 0.0,
+        "cases": [],
+        "plots": [],
+    }
+    if options.commit:
+        run["commit"] = options.commit
+    path = options.output or results.default_path(run)
+    print(table.heading(run), flush=True)
+    failed = Run(run, path, options.timeout, options.deadline, options.peer).all(sizes, groups)
+    print("\n" + table.text(run))
+    if not options.no_plots:
+        _plot(run, path)
+    print(f"{path} written after {run['seconds']:.0f} s; {failed} of {len(run['cases'])} cases failed")
+    return 1 if failed else 0
 
 
-def _median(run: Callable[[], object]) -> float:
-    run()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+class Run:
+    """One run over all groups; `record` is what is written, after every case."""
 
+    def __init__(self, record: dict[str, Any], path: Path, timeout: float, deadline: float | None, peer: bool):
+        self.record, self.path, self.timeout = record, path, timeout
+        self.start = time.monotonic()
+        self.deadline = float("inf") if deadline is None else self.start + deadline
+        self.sides = _SIDES if peer else _SIDES[:1]
 
-def _measure(
-    prefill: Callable[[np.ndarray], object], generate: Callable[[np.ndarray, int], object]
-) -> dict[str, float]:
-    def prompt(length: int) -> np.ndarray:
-        return np.random.default_rng(length).integers(3, SIZES["vocab_size"], (1, length))
-
-    figures = {f"prefill 1 x {length}": _median(lambda length=length: prefill(prompt(length))) for length in PREFILL}
-    few, many = (_median(lambda count=count: generate(prompt(PROMPT), count)) for count in (FEW, MANY))
-    return figures | {"decode, one step": (many - few) / (MANY - FEW)}
-
-
-def _torch() -> dict[str, float]:
-    import torch
-    import transformers
-
-    model = transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**SIZES)).eval()
-
-    def generate(ids: np.ndarray, count: int) -> object:
-        ids = torch.from_numpy(ids)
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
+    def all(self, sizes: Sequence[str], groups: Sequence[str]) -> int:
+        """Runs the groups for every size; returns how many cases failed on a side."""
+        turn = 0
+        with contextlib.ExitStack() as stack:
+            peer = stack.enter_context(Worker("torch", self.environment("peer", {})))
+            if "peer" in self.sides:
+                try:
+                    self.record["peer"] = peer.ask({"do": "describe"}, _SETUP_SECONDS)
+                    print(table.peer_line(self.record["peer"]), flush=True)
+                except CaseError as failure:
+                    self.record["peer"] = {"error": str(failure)}
+                    print(f"the peer does not start: {failure}", flush=True)
+                    self.sides = _SIDES[:1]
+            for size in sizes:
+                for group in groups:
+                    self.group(cases_of(size, [group]), turn, peer)
+                    turn += 1
+        unable = "error" in (self.record["peer"] or {})
+        self.write()
+        return unable + sum(
+            any((case[side] or {}).get("status") == "error" for side in _SIDES) for case in self.record["cases"]
         )
 
-    with torch.no_grad():
-        return _measure(lambda ids: model(torch.from_numpy(ids), use_cache=True, logits_to_keep=1), generate)
+    def group(self, cases: Sequence[Case], turn: int, peer: Worker) -> None:
+        """One group of one size, the two sides one after the other."""
+        records = [self.start_record(case) for case in cases]
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoint = self.checkpoint(cases, Path(directory))
+            for side in self.sides if turn % 2 == 0 else self.sides[::-1]:
+                with Worker("jax", self.environment("ours", {})) as ours:
+                    caches = Path(directory) / f"{side}-cache"
+                    for case, record in zip(cases, records, strict=True):
+                        with self.worker(case, side, ours, peer, caches) as worker:
+                            record[side] = self.measure(case, side, worker, checkpoint, record["limit"])
+                        record["ratio"] = results.ratio(record["ours"], record["peer"])
+                        print(table.case_line(case.name, side, record[side]), flush=True)
+                        self.write()
+
+    @contextlib.contextmanager
+    def worker(self, case: Case, side: str, ours: Worker, peer: Worker, caches: Path) -> Iterator[Worker]:
+        """The group's process, or where a case needs one that has run nothing, that."""
+        if not case.alone:
+            yield ours if side == "ours" else peer
+            return
+        names = ("TRITON_CACHE_DIR",)
+        variables: dict[str, str | None] = {name: str(caches) for name in names}
+        if side == "ours":
+            # The first of two processes finds it empty and fills it for the second.
+            variables = {
+                "JAX_COMPILATION_CACHE_DIR": str(caches),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+        with Worker("jax" if side == "ours" else "torch", self.environment(side, variables)) as worker:
+            yield worker
+
+    def measure(
+        self, case: Case, side: str, worker: Worker, checkpoint: dict[str, Any], limit: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return {"status": "skipped", "reason": "the run's deadline had passed"}
+        if side == "peer" and case.quantize is not None:
+            return {"status": "skipped", "reason": "transformers has no such weights without further packages"}
+        if "error" in checkpoint:
+            return {"status": "error", "error": f"no checkpoint to load: {checkpoint['error']}"}
+        request = {"do": "case", "case": dataclasses.asdict(case), **checkpoint}
+        request["new_tokens"] = scale_of(case.size).new_tokens[_SIDES.index(side)]
+        if side == "peer":
+            request["config"] = torch_config(case.size)
+        try:
+            measured = worker.ask(request, min(self.timeout, left))
+        except CaseError as failure:
+            return {"status": "error", "error": str(failure)}
+        seconds = measured["seconds"]
+        return {
+            "status": "ok",
+            **measured,
+            "tokens_per_second": case.tokens / seconds if case.tokens else None,
+            "share_of_limit": None if limit is None else limit["seconds"] / seconds,
+        }
+
+    def start_record(self, case: Case) -> dict[str, Any]:
+        dtype = scale_of(case.size).dtype
+        fields = ("name", "group", "kind", "size", "batch", "length", "quantize")
+        record = {name: getattr(case, name) for name in fields} | {
+            "dtype": dtype,
+            "limit": limit(case, config_of(case.size), dtype, self.record["ceilings"]),
+            "ours": None,
+            "peer": None,
+            "ratio": None,
+        }
+        self.record["cases"].append(record)
+        return record
+
+    def checkpoint(self, cases: Sequence[Case], directory: Path) -> dict[str, Any]:
+        """Writes a checkpoint where a case of the group loads one: the same files for both sides."""
+        if not any(case.kind == "load" for case in cases) or time.monotonic() > self.deadline:
+            return {}
+        path = str(directory / "checkpoint")
+        try:
+            with Worker("jax", self.environment("ours", {})) as worker:
+                worker.ask({"do": "checkpoint", "size": cases[0].size, "path": path}, self.timeout)
+        except CaseError as failure:
+            return {"error": str(failure)}
+        return {"checkpoint": path}
+
+    def environment(self, side: str, variables: dict[str, str | None]) -> dict[str, str | None]:
+        return _environment(side, variables, on_cpu=self.record["platform"] == "cpu")
+
+    def write(self) -> None:
+        self.record["seconds"] = time.monotonic() - self.start
+        results.write(self.path, self.record)
 
 
-def _jax() -> dict[str, float]:
-    import jax
-    from flax import nnx
+def _environment(side: str, variables: dict[str, str | None], on_cpu: bool = False) -> dict[str, str | None]:
+    if side == "ours":
+        # Memory is taken as it is needed, so that both sides fit and peaks mean something; no cache of programs, so
+        # that a first call compiles.
+        return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": None} | variables
+    return ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}) | variables
 
-    from zamba2_jax import Zamba2ForCausalLM
 
-    model = Zamba2ForCausalLM(Zamba2Config.from_dict(SIZES), rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def forward(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, object]:
-        outputs = nnx.merge(graphdef, state)(ids, use_cache=True, cache_length=ids.shape[1], logits_to_keep=1)
-        return outputs.logits, outputs.past_key_values
-
-    return _measure(
-        lambda ids: jax.block_until_ready(forward(state, ids)),
-        lambda ids, count: model.generate(ids, max_new_tokens=count, min_new_tokens=count),
-    )
+def _plot(run: dict[str, Any], path: Path) -> None:
+    try:
+        from bench import plots
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error}; .venv/bin/python -m pip install '.[bench]', then python -m bench plot {path}")
+        return
+    run["plots"] = plots.draw(run, path)
+    results.write(path, run)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=("torch", "jax"))
-    print(json.dumps({"torch": _torch, "jax": _jax}[parser.parse_args().side]()))
+    sys.exit(main(sys.argv[1:]))

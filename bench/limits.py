@@ -1,0 +1,129 @@
+"""The least time that a case could take: the bytes it must move over the bandwidth, or the operations it must do over
+the arithmetic rate, whichever is longer. Both rates are measured in the same run (`ceilings` of either side)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bench.cases import Case
+from zamba2_jax import Zamba2Config
+
+_FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Device memory traffic in bytes (each input read once, each output written once) and operations, of matrix
+    products and the recurrence only (a multiplication and an addition are two)."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(factor * self.bytes, factor * self.flops)
+
+
+def limit(case: Case, config: Zamba2Config, dtype: str, rates: Mapping[str, float]) -> dict[str, Any] | None:
+    """The limit of a case, or None where none is known (a first token is mostly compilation).
+
+    Args:
+        rates: "copy_bytes_per_second", "matmul_flops_per_second", "host_to_device_bytes_per_second".
+
+    Returns:
+        "seconds", "bytes", "flops" and "bound": "memory", "arithmetic" or "transfer".
+    """
+    if case.kind == "first-token":
+        return None
+    work = work_of(case, config, itemsize(dtype))
+    if case.kind == "load":
+        return _limit(work, {"transfer": work.bytes / rates["host_to_device_bytes_per_second"]})
+    memory = work.bytes / rates["copy_bytes_per_second"]
+    return _limit(work, {"memory": memory, "arithmetic": work.flops / rates["matmul_flops_per_second"]})
+
+
+def work_of(case: Case, config: Zamba2Config, size: int) -> Work:
+    """What one run of a case must move and compute, with numbers of `size` bytes."""
+    tokens = case.batch * case.length
+    match case.kind:
+        case "ssd":
+            return _ssd(config, tokens, case.batch, size, case.backward)
+        case "conv":
+            channels = config.mamba_intermediate_size + 2 * config.mamba_ngroups * config.mamba_d_state
+            # Forward: in and out. Backward: the input again, the result's gradient, the input's gradient.
+            return Work(tokens * channels * size * (5 if case.backward else 2))
+        case "decode" | "context":
+            return _step(config, case.batch, case.length, size, case.quantize)
+        case "prefill":
+            return _forward(config, case.batch, case.length, size, heads=case.batch)
+        case "train":
+            # Recomputation is no part of the work: the rematerialised case has the limit of the plain one.
+            return _forward(config, case.batch, case.length, size, heads=tokens) * 3
+        case "load":
+            return Work(config.num_parameters() * size)
+    raise ValueError(f"no work is known for the kind {case.kind!r}.")
+
+
+def itemsize(dtype: str) -> int:
+    return {"bfloat16": 2, "float16": 2, "float32": 4}[dtype]
+
+
+def _limit(work: Work, seconds: dict[str, float]) -> dict[str, Any]:
+    bound = max(seconds, key=seconds.__getitem__)
+    return {"seconds": seconds[bound], "bytes": work.bytes, "flops": work.flops, "bound": bound}
+
+
+def _ssd(config: Zamba2Config, tokens: int, batch: int, size: int, backward: bool) -> Work:
+    """x and y, B and C, dt; the final state. Operations as of the recurrence, whose count no chunking goes below:
+    state += x B^T and y = state C."""
+    wide = tokens * config.mamba_intermediate_size * size
+    narrow = 2 * tokens * config.mamba_ngroups * config.mamba_d_state * size
+    steps = tokens * config.n_mamba_heads * _FLOAT32
+    flops = 4 * tokens * config.mamba_intermediate_size * config.mamba_d_state
+    forward = Work(2 * wide + narrow + steps + _ssm_state(config, batch), flops)
+    if not backward:
+        return forward
+    # x, dy and dx; B, C and their gradients; dt and its own.
+    return forward + Work(3 * wide + 2 * narrow + 2 * steps, 2 * flops)
+
+
+def _step(config: Zamba2Config, batch: int, context: int, size: int, quantize: str | None) -> Work:
+    """Every weight once per use, the states read and written, the filled slots of keys and values read."""
+    weights = config.num_parameters_applied_per_token()
+    weight_bytes = {None: size, "int8": 1, "int4": 0.5}[quantize]
+    window = (config.mamba_d_conv - 1) * (
+        config.mamba_intermediate_size + 2 * config.mamba_ngroups * config.mamba_d_state
+    )
+    state = 2 * (_ssm_state(config, batch) + batch * window * size) * config.num_hidden_layers
+    key_values = _key_value_bytes(config, batch * context, size)
+    attention = 4 * batch * context * config.num_hybrid_layers * config.attention_hidden_size
+    recurrence = 4 * batch * config.num_hidden_layers * config.mamba_intermediate_size * config.mamba_d_state
+    return Work(weights * weight_bytes + state + key_values, 2 * weights * batch + attention + recurrence)
+
+
+def _forward(config: Zamba2Config, batch: int, length: int, size: int, heads: int) -> Work:
+    """One pass over b rows of l tokens, scores for `heads` of them. Attention is causal: half of l x l."""
+    tokens = batch * length
+    head = config.vocab_size * config.hidden_size
+    weights = config.num_parameters_applied_per_token() - head
+    attention = 4 * tokens * (length + 1) / 2 * config.num_hybrid_layers * config.attention_hidden_size
+    recurrence = 4 * tokens * config.num_hidden_layers * config.mamba_intermediate_size * config.mamba_d_state
+    # Activations between layers are left out: what must go through memory depends on what is fused.
+    return Work(
+        (weights + head) * size + _key_value_bytes(config, tokens, size),
+        2 * weights * tokens + 2 * head * heads + attention + recurrence,
+    )
+
+
+def _ssm_state(config: Zamba2Config, batch: int) -> int:
+    """Bytes of one layer's state, float32."""
+    return batch * config.mamba_intermediate_size * config.mamba_d_state * _FLOAT32
+
+
+def _key_value_bytes(config: Zamba2Config, tokens: int, size: int) -> int:
+    width = config.num_key_value_heads * config.attention_head_dim
+    return 2 * tokens * config.num_hybrid_layers * width * size
