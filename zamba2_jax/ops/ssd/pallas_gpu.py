@@ -18,7 +18,7 @@ from zamba2_jax.ops.ssd.pallas_gpu_kernels import NO_MEMORY, Launch
 CHUNK = 64
 # The smallest side of a Triton matrix product, and the largest tiles that the registers hold.
 SMALLEST, LARGEST_HEADDIM, LARGEST_STATE = 16, 128, 256
-# One wave of programs: below it, a head is shared by several.
+# One wave of programs, one for each of a Hopper's 132 multiprocessors, as a power of two.
 PROGRAMS = 128
 
 
@@ -67,9 +67,36 @@ def ssd(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _ssd(x, dt, a, B, C, D, state, chunk, interpret):
-    s = kernels.sums(a, x.dtype, Launch(chunk, warps=4, stages=1, interpret=interpret))
-    walk = Launch(chunk, warps=4, stages=2, split=_split(x), interpret=interpret)
-    return kernels.forward(x, dt, s, B, C, D, state, walk)
+    launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
+    s = kernels.sums(a, x.dtype, launch(stages=1))
+    parts = _parts(x, chunk)
+    if parts == 1:
+        return kernels.forward(x, dt, s, B, C, D, state, launch(stages=2, split=_split(x)))
+
+    # The parts of a row side by side, as rows of their own: first for the states that they end with, and once it is
+    # known what each begins with, for all.
+    batch, length = x.shape[:2]
+
+    def rows(array):
+        """(b,l,...) to (b·parts,l/parts,...)."""
+        return array.reshape(batch * parts, length // parts, *array.shape[2:])
+
+    def rows_of_steps(array):
+        """(b,h,l) to (b·parts,h,l/parts)."""
+        split = array.reshape(batch, -1, parts, length // parts)
+        return jnp.moveaxis(split, 2, 1).reshape(batch * parts, -1, length // parts)
+
+    x_rows, dt_rows, s_rows, B_rows = rows(x), rows_of_steps(dt), tuple(map(rows_of_steps, s)), rows(B)
+    gains = kernels.last_state(x_rows, dt_rows, s_rows, B_rows, launch(stages=3)).reshape(
+        batch, parts, *state.shape[1:]
+    )
+    kept = jnp.exp(rows_of_steps(a).sum(axis=-1)).reshape(batch, parts, -1, 1, 1)
+    starts = [state]
+    for part in range(parts - 1):
+        starts.append(kept[:, part] * starts[-1] + gains[:, part])
+    starts = jnp.stack(starts, axis=1).reshape(batch * parts, *state.shape[1:])
+    y, ends = kernels.forward(x_rows, dt_rows, s_rows, B_rows, rows(C), D, starts, launch(stages=2))
+    return y.reshape(x.shape), ends.reshape(batch, parts, *state.shape[1:])[:, -1]
 
 
 def _ssd_forward(x, dt, a, B, C, D, state, chunk, interpret):
@@ -113,8 +140,19 @@ def _sum_to_end(ds: jax.Array, at_end: jax.Array, state_at_end: jax.Array, chunk
     return da.reshape(batch, heads, chunks * chunk)[..., :length]
 
 
+def _parts(x: jax.Array, chunk: int) -> int:
+    """Into how many parts of whole chunks rows are cut, where they and their heads alone leave the machine idle."""
+    batch, length, heads, _ = x.shape
+    fits = [
+        parts
+        for parts in (2, 4, 8)
+        if batch * heads * parts <= 2 * PROGRAMS and length % (parts * chunk) == 0 and length >= 8 * parts * chunk
+    ]
+    return max(fits, default=1)
+
+
 def _split(x: jax.Array) -> int:
-    """Few rows and heads leave the machine idle: each head dim is then halved."""
+    """Where rows cannot be cut either, each head dim is halved."""
     batch, _, heads, headdim = x.shape
     return 2 if batch * heads < PROGRAMS and headdim >= 2 * SMALLEST else 1
 

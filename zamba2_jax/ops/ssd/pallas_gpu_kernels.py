@@ -159,38 +159,52 @@ def states(u, dt, s: Sums, V, state, launch: Launch) -> tuple[jax.Array, jax.Arr
     Returns:
       (b,h,c,p,n) of u.dtype, (b,h,p,n) float32.
     """
+    return _walk_states(u, dt, s, V, state, launch, keep=True)
+
+
+def last_state(x, dt, s: Sums, B, launch: Launch) -> jax.Array:
+    """The state (b,h,p,n) float32 after all tokens, from none before them."""
+    [state] = _walk_states(x, dt, s, B, None, launch, keep=False)
+    return state
+
+
+def _walk_states(u, dt, s: Sums, V, state, launch: Launch, *, keep: bool) -> list[jax.Array]:
     batch, length, heads, headdim = u.shape
     size = V.shape[3]
     of_head = _OneHead.of(u, V, launch)
     chunks = pl.cdiv(length, launch.chunk)
-    operands, specs = _optional(dt, of_head.steps)
+    steps, steps_specs = _optional(dt, of_head.steps)
+    first, first_specs = _optional(state, of_head.state)
 
     def kernel(u_ref, *refs):
-        s_refs, (V_ref, state_ref, *refs) = refs[: len(s)], refs[len(s) :]
-        dt_ref, all_ref, final_ref = refs if dt is not None else (None, *refs)
+        s_refs, (V_ref, *refs) = refs[: len(s)], refs[len(s) :]
+        dt_ref, *refs = refs if dt is not None else (None, *refs)
+        state_ref, *refs = refs if state is not None else (None, *refs)
+        all_ref, final_ref = refs if keep else (None, *refs)
 
         def walk(step, state):
-            index = step if dt is not None else chunks - 1 - step
+            index = step if dt_ref is not None else chunks - 1 - step
             rows = _Rows(index, launch, length)
-            all_ref[index] = state.astype(all_ref.dtype)
+            if all_ref is not None:
+                all_ref[index] = state.astype(all_ref.dtype)
             u, V, decay = rows.load(u_ref), rows.load(V_ref), rows.decay(s_refs)
             weight = decay.from_start() if dt_ref is None else rows.load(dt_ref) * decay.to_end()
             inflow = (u.astype(jnp.float32) * weight[:, None]).astype(u.dtype)
             return decay.total() * state + _dot(inflow, V, (0, 0))
 
-        final_ref[...] = jax.lax.fori_loop(0, chunks, walk, state_ref[...])
+        start = jnp.zeros(final_ref.shape, jnp.float32) if state_ref is None else state_ref[...]
+        final_ref[...] = jax.lax.fori_loop(0, chunks, walk, start)
 
+    every = jax.ShapeDtypeStruct((batch, heads, chunks, headdim, size), u.dtype)
+    final = jax.ShapeDtypeStruct((batch, heads, headdim, size), jnp.float32)
     return launch.call(
         kernel,
         "ssd_states" if dt is not None else "ssd_states_backwards",
         grid=(heads * launch.split, batch),
-        in_specs=[of_head.tokens, *[of_head.steps] * len(s), of_head.group, of_head.state, *specs],
-        out_specs=[of_head.states(chunks), of_head.state],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, chunks, headdim, size), u.dtype),
-            jax.ShapeDtypeStruct((batch, heads, headdim, size), jnp.float32),
-        ],
-    )(u, *s, V, state, *operands)
+        in_specs=[of_head.tokens, *[of_head.steps] * len(s), of_head.group, *steps_specs, *first_specs],
+        out_specs=[of_head.states(chunks), of_head.state] if keep else [of_head.state],
+        out_shape=[every, final] if keep else [final],
+    )(u, *s, V, *steps, *first)
 
 
 def backward_heads(x, dt, s: Sums, B, C, D, starts, dy, ends, launch: Launch) -> tuple[jax.Array, ...]:
