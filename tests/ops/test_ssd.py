@@ -1,6 +1,7 @@
 """The state-space recurrence: every implementation against the recurrence in float64, and against transformers'
 functions."""
 
+import functools
 import itertools
 
 import jax
@@ -26,6 +27,10 @@ LENGTH = 2 * CHUNK + 7
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 
+# Past the borders of the fused kernels' chunks, which are of 64 and 128 tokens.
+LONG = 150
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def form(request):
     """The arguments of `ssd` that choose an implementation: a fused kernel runs for real where its device is, and is
@@ -33,6 +38,20 @@ def form(request):
     name = request.param
     fused = {kernel: kind for kind, kernel in FUSED.items()}
     return {"implementation": name, "interpret": name in fused and platform() != fused[name]}
+
+
+def by_form(name, *, xla, fused):
+    """Parametrizes over `form` and a second argument. Fused kernels are given other values: their chunks are not ours
+    to choose, and every shape costs seconds in the interpreter."""
+    values = [(form, value) for form in IMPLEMENTATIONS for value in (fused if form in FUSED.values() else xla)]
+    return pytest.mark.parametrize(("form", name), values, indirect=["form"])
+
+
+@pytest.fixture(autouse=True)
+def _products_in_full():
+    """GPUs and TPUs would round the operands of XLA's float32 products."""
+    with jax.default_matmul_precision("default" if platform() == "cpu" else "highest"):
+        yield
 
 
 def inputs(length, *, batch=2, groups=1, group_heads=3, headdim=5, state=7, seed=0):
@@ -86,7 +105,7 @@ def part(arguments, start, stop):
 
 
 class TestValues:
-    @pytest.mark.parametrize("length", [1, 2, 7, CHUNK, CHUNK + 1, LENGTH])
+    @by_form("length", xla=[1, 2, 7, CHUNK, CHUNK + 1, LENGTH], fused=[1, LENGTH, 128])
     def test_lengths(self, form, length):
         arguments = inputs(length, seed=length)
         y, state = ssd(**arguments, chunk_size=CHUNK, **form)
@@ -95,7 +114,7 @@ class TestValues:
         assert_near(y, wanted_y)
         assert_near(state, wanted_state)
 
-    @pytest.mark.parametrize("groups", [2, 3])
+    @by_form("groups", xla=[2, 3], fused=[3])
     def test_groups(self, form, groups):
         arguments = inputs(LENGTH, groups=groups, group_heads=2)
         y, state = ssd(**arguments, chunk_size=CHUNK, **form)
@@ -121,7 +140,7 @@ class TestValues:
     def test_steps_equal_sequence(self, form):
         """A step and a call of one token are the same thing."""
         arguments = inputs(1)
-        y, state = ssd(**arguments, **form)
+        y, state = ssd(**arguments, chunk_size=CHUNK, **form)
         one = {name: array[:, 0] if name in ("x", "dt", "B", "C") else array for name, array in arguments.items()}
         step_y, step_state = ssd_step(one.pop("initial_state"), **one)
         assert_near(step_y, y[:, 0], 1e-6)
@@ -129,15 +148,16 @@ class TestValues:
 
 
 class TestHandOver:
-    @pytest.mark.parametrize("cut", [1, CHUNK + 3])
+    @by_form("cut", xla=[(LENGTH, 1), (LENGTH, CHUNK + 3), (LONG, LONG // 2)], fused=[(LONG, LONG // 2)])
     def test_split_equals_whole(self, form, cut):
-        arguments = inputs(LENGTH)
-        y, state = ssd(**arguments, chunk_size=CHUNK, **form)
+        length, cut = cut
+        arguments = inputs(length)
         first_y, middle = ssd(**part(arguments, 0, cut), chunk_size=CHUNK, **form)
         rest = part(arguments, cut, None) | {"initial_state": middle}
         second_y, last = ssd(**rest, chunk_size=CHUNK, **form)
-        assert_near(np.concatenate([first_y, second_y], axis=1), y)
-        assert_near(last, state)
+        wanted_y, wanted_state = expected(arguments)
+        assert_near(np.concatenate([first_y, second_y], axis=1), wanted_y)
+        assert_near(last, wanted_state)
 
     @pytest.mark.parametrize("padding", [(3, 0), (0, 9), (5, 7)])
     def test_zero_time_step_is_padding(self, form, padding):
@@ -206,31 +226,80 @@ class TestSegments:
             np.testing.assert_array_equal(with_ids, without)
 
 
+@functools.partial(jax.jit, static_argnames=("chunk_size", "implementation", "interpret"))
+def with_gradients(arguments, weight_y, weight_state, segment_ids=None, **form):
+    """Gradients of a weighted sum of all results, and the results. One program for all tests of a shape."""
+
+    def weighted(arguments):
+        y, state = ssd(**arguments, segment_ids=segment_ids, **form)
+        return jnp.sum(y.astype(jnp.float32) * weight_y) + jnp.sum(state * weight_state), (y, state)
+
+    return jax.grad(weighted, has_aux=True)(arguments)
+
+
+def weights_for(arguments):
+    random = np.random.default_rng(1)
+    x, B = arguments["x"], arguments["B"]
+    state = (x.shape[0], *x.shape[2:], B.shape[3])
+    return [random.standard_normal(shape).astype(np.float32) for shape in (x.shape, state)]
+
+
+def expected_gradients(arguments, weight_y, weight_state, segment_ids=None):
+    """The same from the recurrence in float64; missing arguments are zeros."""
+    x = arguments["x"]
+    missing = {"D": np.zeros(x.shape[2]), "initial_state": np.zeros(weight_state.shape)}
+    tensors = {
+        name: torch.tensor(a, dtype=torch.float64, requires_grad=True) for name, a in (missing | arguments).items()
+    }
+    y, state = recurrence(**tensors, segment_ids=segment_ids)
+    ((y * torch.tensor(weight_y)).sum() + (state * torch.tensor(weight_state)).sum()).backward()
+    gradients = {name: tensors[name].grad.numpy() for name in arguments}
+    return gradients, (y.detach().numpy(), state.detach().numpy())
+
+
+def long_case():
+    """Arguments, and segments that change on the borders of 64 and 128 tokens and in several places between."""
+    ids = np.zeros((2, LONG), np.int32)
+    for row, start in ((0, 30), (0, 64), (0, 100), (0, 101), (0, 128), (1, 63), (1, 140)):
+        ids[row, start:] += 1
+    return inputs(LONG, groups=2), ids
+
+
 class TestGradients:
-    @pytest.mark.parametrize("case", ["plain", "groups", "segments"])
+    @pytest.mark.parametrize("case", ["bare", "full"])
     def test_every_input(self, form, case):
-        segment_ids = SEGMENT_IDS if case == "segments" else None
-        arguments = inputs(LENGTH, groups=2 if case == "groups" else 1)
-        random = np.random.default_rng(1)
-        weight_y = random.standard_normal(arguments["x"].shape)
-        weight_state = random.standard_normal(arguments["initial_state"].shape)
+        """With as little as can be given, and with everything: groups, D, a state and segments."""
+        if case == "bare":
+            arguments, ids = inputs(LENGTH), None
+            del arguments["D"], arguments["initial_state"]
+        else:
+            arguments, ids = long_case()
+            assert set(arguments) == set(NAMES)
+        weights = weights_for(arguments)
+        wanted_gradients, wanted = expected_gradients(arguments, *weights, ids)
+        gradients, results = with_gradients(arguments, *weights, ids, chunk_size=CHUNK, **form)
+        for actual, expected in zip(results, wanted, strict=True):
+            assert_near(actual, expected)
+        for name, gradient in gradients.items():
+            assert_near(gradient, wanted_gradients[name], GRADIENT_TOLERANCE)
 
-        tensors = {name: torch.tensor(a, dtype=torch.float64, requires_grad=True) for name, a in arguments.items()}
-        y, state = recurrence(**tensors, segment_ids=segment_ids)
-        ((y * torch.tensor(weight_y)).sum() + (state * torch.tensor(weight_state)).sum()).backward()
+    def test_strong_decay(self, form):
+        """exp(6 · 64) overflows: what a query may not see is hidden before exp, in the gradient as well."""
+        arguments, ids = long_case()
+        arguments["dt"][:] = 6.0
+        arguments["A"][:] = -1.0
+        weights = weights_for(arguments)
+        wanted_gradients, wanted = expected_gradients(arguments, *weights, ids)
+        gradients, results = with_gradients(arguments, *weights, ids, chunk_size=CHUNK, **form)
+        for actual, expected in zip(results, wanted, strict=True):
+            assert_near(actual, expected)
+        # What A changes is e^-6 of what dt does, and rounds as terms of that size do.
+        terms = np.abs(arguments["dt"] * wanted_gradients["dt"]).sum(axis=(0, 1))
+        assert np.abs(gradients.pop("A") - wanted_gradients["A"]).max() <= GRADIENT_TOLERANCE * terms.max()
+        for name, gradient in gradients.items():
+            assert_near(gradient, wanted_gradients[name], GRADIENT_TOLERANCE)
 
-        @jax.jit
-        @jax.grad
-        def gradients(arguments):
-            y, state = ssd(**arguments, segment_ids=segment_ids, chunk_size=CHUNK, **form)
-            return jnp.sum(y * weight_y.astype(np.float32)) + jnp.sum(state * weight_state.astype(np.float32))
-
-        actual = gradients(arguments)
-        assert set(actual) == set(NAMES)
-        for name in NAMES:
-            assert_near(actual[name], tensors[name].grad, GRADIENT_TOLERANCE)
-
-    def test_strong_decay_gives_no_nan(self):
+    def test_strong_decay_in_a_long_chunk_gives_no_nan(self):
         """exp(6 * 40) overflows: what a query may not see is hidden before exp, in the gradient as well."""
         arguments = inputs(40)
         arguments["dt"][:] = 6.0
@@ -283,23 +352,47 @@ class TestAccuracy:
         assert_near(y[:, 128:], wanted_y[:, 128:], 1e-6)
         assert_near(state, wanted_state, 1e-6)
 
+    def test_slow_decay_after_a_fast_one_in_every_form(self, form):
+        """The same within the fused kernels' chunks: sums reach -210, and plain ones would be off by 7e-6."""
+        arguments, ids = long_case()
+        arguments["A"][:] = -1.0
+        arguments["dt"] *= 0.01
+        arguments["dt"][:, 64:100] = np.random.default_rng(0).uniform(5.7, 6, arguments["dt"][:, 64:100].shape)
+        ids[:] = 0
+        weights = weights_for(arguments)
+        wanted_y, wanted_state = expected(arguments, ids)
+        _, (y, state) = with_gradients(arguments, *weights, ids, chunk_size=CHUNK, **form)
+        assert_near(y[:, 100:128], wanted_y[:, 100:128], 1e-6)
+        assert_near(state, wanted_state, 1e-6)
+
     def test_bfloat16(self, form):
         """The same bfloat16 inputs in float64 give the truth.
 
-        Four roundings lie between inputs and outputs of the chunked form (weights, carried state, inflow, result), each
-        of at most 2^-9 of a term: their sum bounds the error relative to the norm. The others round only the result.
+        Four roundings lie between inputs and outputs of the chunked and fused forms (weights, carried state, inflow,
+        result), each of at most 2^-9 of a term: their sum bounds the error relative to the norm. The others round only
+        the result. On a gradient's way there are two more, of what comes from behind.
         """
         arguments = inputs(LENGTH, groups=2)
         low = {name: jnp.asarray(arguments[name], jnp.bfloat16) for name in ("x", "B", "C")}
-        wanted_y, wanted_state = expected(arguments | {name: np.float32(array) for name, array in low.items()})
-        y, state = ssd(**(arguments | low), chunk_size=CHUNK, **form)
+        weights = weights_for(arguments)
+        weights[0] = np.float32(jnp.asarray(weights[0], jnp.bfloat16))
+        wanted_gradients, (wanted_y, wanted_state) = expected_gradients(
+            arguments | {name: np.float32(array) for name, array in low.items()}, *weights
+        )
+        gradients, (y, state) = with_gradients(arguments | low, *weights, chunk_size=CHUNK, **form)
         assert y.dtype == jnp.bfloat16
         assert state.dtype == jnp.float32
+
+        def error(actual, wanted):
+            return np.linalg.norm(np.float64(actual) - wanted) / np.linalg.norm(wanted)
+
         roundings = 1 if form["implementation"] in ("reference", "scan") else 4
-        error = np.linalg.norm(np.float64(y) - wanted_y) / np.linalg.norm(wanted_y)
-        assert error < roundings * 2.0**-9
+        assert error(y, wanted_y) < roundings * 2.0**-9
         # The state takes one rounding, of the inflow.
-        assert np.linalg.norm(state - wanted_state) / np.linalg.norm(wanted_state) < 2.0**-9
+        assert error(state, wanted_state) < 2.0**-9
+        for name, gradient in gradients.items():
+            assert gradient.dtype == (jnp.bfloat16 if name in low else jnp.float32)
+            assert error(gradient, wanted_gradients[name]) < (roundings + 2) * 2.0**-9, name
 
 
 class TestChunkLength:
@@ -339,7 +432,7 @@ class TestChunkLength:
 class TestOracle:
     """transformers' PyTorch functions on the same random inputs, float32 on both sides."""
 
-    @pytest.mark.parametrize("length", [5, LENGTH])
+    @by_form("length", xla=[5, LENGTH], fused=[LENGTH])
     def test_sequence(self, form, length):
         arguments = inputs(length, groups=3, group_heads=2)
         tensors = {name: torch.tensor(array) for name, array in arguments.items()}

@@ -14,8 +14,9 @@ from zamba2_jax.ops.ssd.pallas_tpu_kernels import LANES, Plan
 
 # Work over two tokens grows with the chunk; shorter ones would leave lanes idle.
 CHUNK = 128
-# Lanes of one program, as many heads as fit: its blocks and temporaries then fit into VMEM beside the states.
-BLOCK_LANES = 512
+# Lanes of one program, whose blocks and temporaries must fit into VMEM beside the states: near the first, up to the
+# second where the number of heads divides no better.
+BLOCK_LANES, LARGEST_BLOCK_LANES = 512, 1024
 LARGEST_HEADDIM, LARGEST_STATE = 256, 256
 # Bytes of VMEM for the states of a group's heads, of the 16 MiB that the compiler grants a kernel by default.
 STATES_MEMORY = 4 * 2**20
@@ -89,8 +90,9 @@ def _plan(x: jax.Array, B: jax.Array, interpret: bool) -> Plan:
     headdim = next((width for width in (32, 64) if headdim <= width), _up(headdim, LANES))
     shared = max(1, LANES // headdim)
     group_heads = _up(heads // groups, shared)
-    most = max(shared, BLOCK_LANES // headdim)
-    block = max(count for count in range(shared, most + 1, shared) if group_heads % count == 0)
+    fitting = range(shared, LARGEST_BLOCK_LANES // headdim + 1, shared)
+    dividing = (count for count in reversed(fitting) if group_heads % count == 0)
+    block = min(dividing, key=lambda count: abs(count * headdim - BLOCK_LANES))
     return Plan(
         batch=batch,
         groups=groups,

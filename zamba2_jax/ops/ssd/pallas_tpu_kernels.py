@@ -104,8 +104,8 @@ def backward(plan: Plan, x, rows, B, C, D, starts, dy, dfinal) -> tuple[jax.Arra
     outputs |= {} if D is None else {"dD": jax.ShapeDtypeStruct((plan.batch, plan.chunks, 1, x.shape[2]), jnp.float32)}
     outputs |= {"dinitial": dfinal}
     square, by_state = (plan.chunk, plan.chunk), (plan.chunk, plan.state)
-    scratch = {"dstate": (plan.blocks, plan.state, plan.lanes), "scores": square, "bias": square, "dscores": square}
-    scratch |= {"dB_sum": by_state, "dC_sum": by_state}
+    scratch = {"dstate": (plan.blocks, plan.state, plan.lanes), "scores": square, "off_diagonal": square}
+    scratch |= {"bias": square, "dscores": square, "dB_sum": by_state, "dC_sum": by_state}
     results = _call(_backward_kernel, plan, refs, outputs, scratch, name="ssd_backward", reverse=True)
     return results if D is not None else (*results[:4], None, results[4])
 
@@ -245,6 +245,7 @@ def _backward_kernel(
     dinitial,
     dstate,
     scores,
+    off_diagonal,
     bias,
     dscores,
     dB_sum,
@@ -255,9 +256,10 @@ def _backward_kernel(
     """Matrices over two tokens are transposed here, (key j, query i): all but two small products then take their
     operands as they lie.
 
-    The gradient of s is written as differences of sums over one matrix G_ij = dW_ij W_ij in float32, W the weights of
-    y = W x: what cancels between a row's and a column's sum (the diagonal, which does not depend on s) then cancels
-    to float32 rounding, also where products are of bfloat16 operands.
+    The gradient of s is the difference between a row's and a column's sum of one float32 matrix, dW_ij W_ij for the
+    weights W of y = W x: what cancels between them then cancels to float32 rounding, also where the products' operands
+    are bfloat16. The diagonal, which does not depend on s, is left out: where decay is strong it is all but everything,
+    and its rounding would be more than the rest.
     """
     sweep, block = pl.program_id(2), pl.program_id(3)
     decays = Decays(plan, rows[...])
@@ -265,6 +267,8 @@ def _backward_kernel(
     @pl.when(block == 0)
     def _():
         scores[...] = _dot(B[...], C[...], (1, 1))
+        down, along = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+        off_diagonal[...] = jnp.where(down == along, 0.0, scores[...])
         bias[...] = decays.bias(transposed=True)
         dscores[...] = jnp.zeros_like(dscores)
         dB_sum[...] = jnp.zeros_like(dB_sum)
@@ -274,6 +278,7 @@ def _backward_kernel(
     def _():
         dstate[block] = dfinal[...]
 
+    diagonal = jnp.sum(B[...].astype(jnp.float32) * C[...].astype(jnp.float32), axis=1, keepdims=True)
     gradients = Gradients(plan)
     for index, heads in enumerate(plan.tiles):
         lanes = pl.ds(index * plan.width, plan.width)
@@ -286,6 +291,7 @@ def _backward_kernel(
         from_start = decays.spread("from_start", heads)
         by_start = wide_gradient * from_start * _dot(C[...], start)
         by_end = wide * from_end
+        by_itself = wide * wide_gradient
         by_state = jnp.sum(start.astype(jnp.float32) * dend, axis=0, keepdims=True)
 
         within = []
@@ -296,16 +302,17 @@ def _backward_kernel(
             decay = jnp.exp(exponent)
             dt = decays.column("dt", head)
             dweights = _dot(mine(wide).astype(plan.dtype), gradient, (1, 1))
-            weights = scores[...] * decay
-            within.append(_dot(weights.astype(plan.dtype), gradient))
-            dscores[...] += dweights * decay * dt
-            product = dweights * weights
+            within.append(_dot((scores[...] * decay).astype(plan.dtype), gradient))
+            dweights *= decay
+            dscores[...] += dweights * dt
+            product = dweights * off_diagonal[...]
             gradients.add_row("high", head, jnp.sum(product * dt, axis=0, keepdims=True))
 
             end = jnp.sum(mine(by_end), axis=1, keepdims=True)
-            ddt = jnp.sum(product, axis=1, keepdims=True) + end
-            gradients.add_column("dt", head, ddt)
-            gradients.add_column("high", head, jnp.sum(mine(by_start), axis=1, keepdims=True) - dt * ddt)
+            onwards = jnp.sum(product, axis=1, keepdims=True) + end
+            itself = jnp.sum(mine(by_itself), axis=1, keepdims=True) * diagonal
+            gradients.add_column("dt", head, onwards + itself)
+            gradients.add_column("high", head, jnp.sum(mine(by_start), axis=1, keepdims=True) - dt * onwards)
             total = jnp.sum(dt * end, axis=0, keepdims=True)
             total += decays.last(head) * jnp.sum(mine(by_state), axis=1, keepdims=True)
             gradients.add_last("high", head, total)
@@ -313,7 +320,7 @@ def _backward_kernel(
         result = (_each_its_lanes(plan, within) + from_end) * decays.spread("dt", heads)
         if D is not None:
             result += D[:, lanes] * wide_gradient
-            dD[:, lanes] = jnp.sum(wide * wide_gradient, axis=0, keepdims=True)
+            dD[:, lanes] = jnp.sum(by_itself, axis=0, keepdims=True)
         dx[:, lanes] = result.astype(plan.dtype)
 
         inflow = (wide * decays.spread("inflow", heads)).astype(plan.dtype)
@@ -438,6 +445,6 @@ def _dot(left: jax.Array, right: jax.Array, contract: tuple[int, int] = (1, 0)) 
         left,
         right,
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
+        precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
