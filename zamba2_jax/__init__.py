@@ -9,6 +9,7 @@ from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.models import Zamba2ForCausalLM, Zamba2ForSequenceClassification, Zamba2Model
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from zamba2_jax.quantization import quantize
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "Zamba2ForCausalLM",
     "Zamba2ForSequenceClassification",
     "Zamba2Model",
+    "quantize",
 ]

@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
 exit codes: 0 done; 2 it could not be done, with one line on stderr that says why.
 """
 _DTYPES = ("bfloat16", "float32", "float16")
+_QUANTIZATIONS = ("int8", "int4")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _NEW_TOKENS = 128
 _EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
@@ -60,9 +61,10 @@ def _generate(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     inputs = tokenizer([prompt], return_tensors="np")
     began = time.perf_counter()
-    model = Zamba2ForCausalLM.from_pretrained(directory, dtype=options.dtype)
+    model = Zamba2ForCausalLM.from_pretrained(directory, dtype=options.dtype, quantize=options.quantize)
     if options.stats:
-        print(f"loaded in {time.perf_counter() - began:.2f} s: {_device()}, {model.dtype}", file=sys.stderr)
+        kind = f"{model.dtype}, {options.quantize} weights" if options.quantize else str(model.dtype)
+        print(f"loaded in {time.perf_counter() - began:.2f} s: {_device()}, {kind}", file=sys.stderr)
 
     settings = model.generation_config or {}
     arguments = _generation_options(options, settings)
@@ -296,6 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     _add_model(generate)
+    generate.add_argument(
+        "--quantize", choices=_QUANTIZATIONS, help="store matrices as integers: half or a third of the memory"
+    )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file that holds it; - is standard input")

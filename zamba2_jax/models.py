@@ -88,6 +88,7 @@ class PretrainedModel(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
         mesh: Mesh | None = None,
+        quantize: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -101,6 +102,8 @@ class PretrainedModel(nnx.Module):
             param_dtype: of the stored parameters; None is `dtype`.
             mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`); None puts them on the default
                 device.
+            quantize: "int8" or "int4" stores the matrices as integers, for inference in half or a third of the memory
+                (`zamba2_jax.quantize`). The model can be neither trained nor saved.
             revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
 
         Raises:
@@ -114,6 +117,7 @@ class PretrainedModel(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             mesh=mesh,
+            quantize=quantize,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -407,8 +411,8 @@ class Zamba2ForCausalLM(PretrainedModel):
 
     def _loss(self, hidden: Float[Array, "b l d"], labels: Int[Array, "b l"]) -> Float[Array, ""]:
         if self.lm_head is None:
-            return linear_causal_lm_loss(hidden, self.model.embed_tokens.embedding[...], labels, vocab_axis=0)
-        return linear_causal_lm_loss(hidden, self.lm_head.kernel[...], labels, vocab_axis=1)
+            return linear_causal_lm_loss(hidden, self.model.embed_tokens.matrix(), labels, vocab_axis=0)
+        return linear_causal_lm_loss(hidden, self.lm_head.matrix(), labels, vocab_axis=1)
 
     generate = generate
 

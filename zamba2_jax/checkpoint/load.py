@@ -17,6 +17,9 @@ from zamba2_jax.checkpoint.names import ARCHITECTURES, Index, Path
 from zamba2_jax.checkpoint.orbax import OrbaxParameters
 from zamba2_jax.checkpoint.parameters import HuggingFaceParameters, Parameters
 from zamba2_jax.checkpoint.progress import byte_bar
+from zamba2_jax.layers.quantized import quantize_weight
+from zamba2_jax.quantization import check_quantize, quantized_modules
+from zamba2_jax.quantization import quantize as quantize_model
 from zamba2_jax.sharding import param_shardings
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -55,6 +58,7 @@ def load_pretrained(
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -72,14 +76,16 @@ def load_pretrained(
         param_dtype: of the parameters; None is `dtype`. A_log, D and dt_bias are float32 always.
         mesh: devices to spread the parameters over; each process reads only what its devices hold. None: the default
             device.
+        quantize: "int8" or "int4" turns each matrix into integers as soon as it is read (`zamba2_jax.quantization`).
         revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
         progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
         FileNotFoundError: no such directory or repository, no config.json or no weights in it.
         ImportError: the weights are PyTorch pickles and torch is not installed.
-        ValueError: with every fault of the checkpoint.
+        ValueError: before a file is opened, a `quantize` that there is not; then with every fault of the checkpoint.
     """
+    check_quantize(quantize)
     if model_class.__name__ not in ARCHITECTURES:
         raise ValueError(f"model_class must be one of {', '.join(ARCHITECTURES)}, got {model_class.__name__}.")
     parameters = open_parameters(
@@ -98,23 +104,42 @@ def load_pretrained(
     # model's 38.
     key = jax.random.key(0)
     rngs = types.SimpleNamespace(params=lambda: key)
-    abstract = nnx.eval_shape(lambda: model_class(parameters.config, dtype=dtype, param_dtype=param_dtype, rngs=rngs))
+
+    def make() -> Model:
+        return model_class(parameters.config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    abstract = nnx.eval_shape(make)
     graph, state = nnx.split(abstract)
     leaves = dict(nnx.to_flat_state(state))
     _check_against_table(parameters, leaves)
     shardings = {} if mesh is None else dict(nnx.to_flat_state(param_shardings(nnx.state(abstract, nnx.Param), mesh)))
+    matrices = {}
+    filled = leaves
+    if quantize is not None:
+        matrices = quantized_modules(abstract, quantize)
+        graph, state = nnx.split(nnx.eval_shape(lambda: quantize_model(make(), quantize)))
+        filled = dict(nnx.to_flat_state(state))
+        if mesh is not None:
+            param_shardings(state, mesh)  # two int4 to a byte: an axis is half as long, and may not divide
 
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in filled.values())
     with byte_bar(f"Loading {model_class.__name__}", total, progress) as bar:
         for path, leaf in leaves.items():
-            if path in parameters.new:
-                value = _place_new(parameters, path, leaf.dtype, shardings.get(path))
+            place = _place_new if path in parameters.new else _place
+            bits = matrices.get(path[:-1]) if path[-1] in ("kernel", "embedding") else None
+            if bits is None:
+                values = {path: place(parameters, path, leaf.dtype, shardings.get(path))}
             else:
-                value = _place(parameters, path, leaf.dtype, shardings.get(path))
-            leaf.set_value(value)
-            bar.update(value.nbytes)
+                # From the numbers as they are stored: a cast to bfloat16 before would be a second rounding.
+                stored = min(parameters.dtype(path), np.dtype(np.float32), key=lambda dtype: dtype.itemsize)
+                weight = place(parameters, path, stored, shardings.get(path))
+                arrays = quantize_weight(weight, bits, axis=1 if path[-1] == "embedding" else 0)
+                values = {(*path[:-1], name): array for name, array in zip(("values", "scale"), arrays, strict=True)}
+            for name, value in values.items():
+                filled[name].set_value(value.block_until_ready())
+                bar.update(value.nbytes)
     parameters.warn_of_nonfinite()
-    model = nnx.merge(graph, nnx.from_flat_state(leaves.items()))
+    model = nnx.merge(graph, nnx.from_flat_state(filled.items()))
     model.generation_config = parameters.generation_config
     return model
 

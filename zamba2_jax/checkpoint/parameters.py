@@ -19,6 +19,7 @@ from zamba2_jax.checkpoint.files import generation_settings, open_tensors
 from zamba2_jax.checkpoint.names import Index, Part, Path, Tensor, table
 from zamba2_jax.checkpoint.safetensors import TensorInfo
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.quantization import quantization
 
 # Exponent bits of which all are set in NaN and infinity, by width of the number.
 _EXPONENTS = {
@@ -183,10 +184,20 @@ class HuggingFaceParameters(Parameters):
 
 
 class ModelParameters(Parameters):
-    """The parameters of a model in memory, on whatever devices they are spread."""
+    """The parameters of a model in memory, on whatever devices they are spread.
+
+    Raises:
+        ValueError: the model is quantised.
+    """
 
     def __init__(self, model: nnx.Module):
         super().__init__()
+        quantized = quantization(model)
+        if quantized is not None:
+            raise ValueError(
+                f"the model is quantized to {quantized}, which checkpoints do not hold; load it without quantize= and "
+                "save that, and quantize where it is loaded."
+            )
         self.config, self.architecture = model.config, type(model).__name__
         self.generation_config = model.generation_config
         self._values = {path: param.get_value() for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -53,6 +53,10 @@ class Linear(nnx.Module):
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
+    def matrix(self) -> jax.Array:
+        """W, (in, *out), for a computation that does more than multiply by it."""
+        return self.kernel[...]
+
 
 class Embed(nnx.Module):
     """Token embedding. The row of `padding_id` is read but, as in PyTorch, gets no gradient from the look-up."""
@@ -83,6 +87,10 @@ class Embed(nnx.Module):
         """x (..., d) -> (..., v): scores against every embedding, the head of a model with tied embeddings."""
         embedding = self.embedding[...].astype(self.dtype)
         return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
+
+    def matrix(self) -> jax.Array:
+        """The embeddings, (v, d), for a computation that does more than multiply by them."""
+        return self.embedding[...]
 
 
 class Adapter(nnx.Module):
