@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from typing import Any, Self
@@ -18,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from zamba2_jax import cache as cache_lib
-from zamba2_jax.cache import KeyValue, MambaState, Zamba2Cache
+from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.checkpoint import load_pretrained, save_pretrained
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generation import generate
@@ -29,6 +28,7 @@ from zamba2_jax.inputs import (
     check_labels,
     check_logits_to_keep,
 )
+from zamba2_jax.layer_stack import Execution, LayerStack, Past
 from zamba2_jax.layers.linear import Embed, Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.norms import RMSNorm
@@ -147,6 +147,63 @@ class PretrainedModel(nnx.Module):
         """
         save_pretrained(self, path, max_shard_size=max_shard_size, dtype=dtype, overwrite=overwrite)
 
+    def gradient_checkpointing_enable(self, policy: str = "layer") -> None:
+        """Makes the backward pass recompute what the forward pass then need not keep. Results and gradients are the
+        same.
+
+        Takes effect in `nnx.split` and in calls made afterwards; saved nowhere. Calls with a cache are not affected.
+
+        Args:
+            policy: what is kept of each mamba layer and of each use of a shared block.
+                "layer": its input alone, (b, l, d) each. The least memory; the forward pass runs twice, but for each
+                layer's last matrix product.
+                "projections": also the results of its wide matrix products: gate, x, B, C and dt of a mamba layer,
+                some (b, l, 2 E) numbers; queries, keys, values, the attention's and MLP's outputs, gate and up of a
+                shared block, some (b, l, 16 d). Recomputed are norms, activations, convolution, state-space recurrence
+                and attention.
+                "none": everything that the backward pass reads, as without checkpointing.
+
+        Raises:
+            ValueError: another policy.
+        """
+        self._set_execution(checkpoint=policy)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes `gradient_checkpointing_enable`."""
+        self._set_execution(checkpoint="none")
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self._base.execution.checkpoint != "none"
+
+    def scan_layers_enable(self) -> None:
+        """Compiles one body for all equal layers, and scans it: a handful of bodies for any depth (`layer_pattern`).
+
+        The layers' arrays are stacked inside the jitted function, matrices in the compute dtype, and so are their
+        gradients: that is a copy of each. Worth it where compiling many layers is slow; measure, for it is not
+        everywhere: of the 1.2B shape's gradient (policy "layer", 2048 tokens, bfloat16), libtpu's compiler for a v5e
+        took as long either way, and its temporary memory was 7.7 GB instead of 0.6. Calls of one token with a cache are
+        never scanned. Results and gradients are the same. Takes effect in `nnx.split` and in calls made afterwards;
+        saved nowhere.
+        """
+        self._set_execution(scan=True)
+
+    def scan_layers_disable(self) -> None:
+        """Undoes `scan_layers_enable`."""
+        self._set_execution(scan=False)
+
+    @property
+    def is_scanning_layers(self) -> bool:
+        return self._base.execution.scan
+
+    @property
+    def _base(self) -> Zamba2Model:
+        """The model without its head, which runs the layers."""
+        return getattr(self, "model", self)
+
+    def _set_execution(self, **changes: Any) -> None:
+        self._base.execution = dataclasses.replace(self._base.execution, **changes)
+
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> Zamba2Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens; dtype None is the compute dtype."""
         return cache_lib.init_cache(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
@@ -188,6 +245,7 @@ class Zamba2Model(PretrainedModel):
         self.final_layernorm = RMSNorm(
             config.hidden_size, eps=config.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
         )
+        self.execution = Execution()
 
     def __call__(
         self,
@@ -263,37 +321,33 @@ class Zamba2Model(PretrainedModel):
         )
         slot_mask = None if past is None else _fill_slots(past, layout, inputs.length)
         context = self._attention_context(layout, past, None if empty else slot_mask, output_attentions)
-        dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_hybrid_layers)
-
+        uses = self.config.num_hybrid_layers
+        dropout_keys = [None] * uses if dropout_key is None else list(jax.random.split(dropout_key, uses))
         embedded = self.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds.astype(self.dtype)
 
-        hidden = embedded
-        all_hidden, all_weights = [], []
-        mamba_states: list[MambaState | None] = []
-        key_values: list[KeyValue | None] = []
-        uses = itertools.count()
-        for index, layer in enumerate(self.layers):
-            all_hidden.append(hidden)
-            transformer_output = None
-            if self.config.layers_block_type[index] == "hybrid":
-                j = next(uses)
-                if dropout_keys is not None:
-                    context = dataclasses.replace(context, dropout_key=dropout_keys[j])
-                transformer_output, key_value, weights = self.shared_blocks[j % self.config.num_mem_blocks](
-                    hidden, embedded, self.shared_block_uses[j], context, None if past is None else past.attention[j]
-                )
-                key_values.append(key_value)
-                all_weights.append(weights)
-            hidden, state = layer(hidden, layout, None if past is None else past.mamba[index], transformer_output)
-            mamba_states.append(state)
+        stack = LayerStack(
+            layers=self.layers,
+            blocks=self.shared_blocks,
+            uses=self.shared_block_uses,
+            hybrid_layer_ids=self.config.hybrid_layer_ids,
+            embedded=embedded,
+            layout=layout,
+            context=context,
+            keep_inputs=output_hidden_states,
+        )
+        before = Past(
+            mamba=[None] * self.config.num_hidden_layers if past is None else past.mamba,
+            attention=[None] * uses if past is None else past.attention,
+            dropout_keys=dropout_keys,
+        )
+        hidden, trail = stack.run(embedded, before, self._execution_for(past, inputs.length))
         hidden = self.final_layernorm(hidden)
-        all_hidden.append(hidden)
 
         present = None
         if past is not None:
             present = Zamba2Cache(
-                mamba=tuple(mamba_states),
-                attention=tuple(key_values),
+                mamba=tuple(trail.mamba),
+                attention=tuple(trail.attention),
                 slot_mask=slot_mask,
                 length=past.length + inputs.length,
                 next_position=layout.next_position,
@@ -301,9 +355,16 @@ class Zamba2Model(PretrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=present,
-            hidden_states=tuple(all_hidden) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
+            hidden_states=(*trail.inputs, hidden) if output_hidden_states else None,
+            attentions=tuple(trail.weights) if output_attentions else None,
         )
+
+    def _execution_for(self, past: Zamba2Cache | None, length: int) -> Execution:
+        """With a cache nothing is recomputed, since nothing is differentiated; one token is worth no copy of the
+        weights."""
+        if past is None:
+            return self.execution
+        return Execution(scan=self.execution.scan and length > 1)
 
     def _attention_context(
         self,

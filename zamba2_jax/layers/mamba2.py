@@ -12,6 +12,7 @@ from zamba2_jax.cache import MambaState
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
+from zamba2_jax.layers.projection import projection
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.tokens import TokenLayout
@@ -64,10 +65,10 @@ class Mamba2Mixer(nnx.Module):
         if layout.token_mask is not None:
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
-        zx = self.zx_proj(hidden)
+        zx = projection(self.zx_proj(hidden))
         z, x = zx[:, :, 0], zx[:, :, 1]
-        bc = self.bc_proj(hidden)
-        raw_dt = self.dt_proj(hidden)
+        bc = projection(self.bc_proj(hidden))
+        raw_dt = projection(self.dt_proj(hidden))
 
         if state is not None and hidden.shape[1] == 1:
             y, state = self._step(x, bc, raw_dt, layout, state)

@@ -20,6 +20,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers.activations import ACTIVATIONS
 from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.norms import RMSNorm
+from zamba2_jax.layers.projection import projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights
 
@@ -92,13 +93,13 @@ class SharedAttention(nnx.Module):
             )
         else:
             mixed, weights = attention(query, key, value, scale=scale, **visible), None
-        mixed = self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
+        mixed = projection(self.o_proj(mixed.reshape(*mixed.shape[:2], -1)))
         return mixed, past, weights if context.return_weights else None
 
     def _heads(self, projected: jax.Array, adapter: Adapter | None, x: jax.Array) -> Float[Array, "b l heads head_dim"]:
         if adapter is not None:
             projected = projected + adapter(x)
-        return projected.reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
+        return projection(projected).reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
 
 
 class SharedMLP(nnx.Module):
@@ -119,8 +120,8 @@ class SharedMLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "b l d"], adapter: Adapter) -> Float[Array, "b l d"]:
-        gate_up = self.gate_up_proj(x) + adapter(x)
-        return self.down_proj(ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :])
+        gate_up = projection(self.gate_up_proj(x) + adapter(x))
+        return projection(self.down_proj(ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]))
 
 
 class SharedTransformerBlock(nnx.Module):
