@@ -12,7 +12,7 @@ import torch
 from transformers.models.zamba2 import modeling_zamba2 as oracle
 
 from zamba2_jax.ops._platform import platform
-from zamba2_jax.ops.ssd import chunked, ssd, ssd_step, time_step
+from zamba2_jax.ops.ssd import api, chunked, ssd, ssd_step, time_step
 from zamba2_jax.ops.ssd.api import CPU_CHUNK_SIZE, FUSED, IMPLEMENTATIONS
 
 # Float32 results are compared with float64 ones, relative to the largest entry. A sum of N products rounds to about
@@ -132,11 +132,6 @@ class TestValues:
         assert_near(y, wanted_y)
         assert_near(state, wanted_state)
 
-    def test_default_is_chunked(self):
-        arguments = inputs(13)
-        for default, named in zip(ssd(**arguments), ssd(**arguments, implementation="chunked"), strict=True):
-            np.testing.assert_array_equal(default, named)
-
     def test_steps_equal_sequence(self, form):
         """A step and a call of one token are the same thing."""
         arguments = inputs(1)
@@ -145,6 +140,73 @@ class TestValues:
         step_y, step_state = ssd_step(one.pop("initial_state"), **one)
         assert_near(step_y, y[:, 0], 1e-6)
         assert_near(step_state, state, 1e-6)
+
+
+class TestChoice:
+    def chosen(self, monkeypatch, kind, capability=0.0, *, dtype=np.float32, **sizes):
+        """The fused kernel in the program that `ssd` would be on another platform, or None."""
+        served = []
+        import_module = api._module
+        monkeypatch.setattr(api, "platform", lambda: kind)
+        monkeypatch.setattr(api, "compute_capability", lambda: capability)
+        monkeypatch.setattr(api, "_module", lambda name: served.append(name) or import_module(name))
+        arguments = inputs(13, **sizes)
+        arguments["x"] = arguments["x"].astype(dtype)
+        # Unwrapped, for a program traced before must not be found again.
+        program = str(jax.make_jaxpr(lambda arguments: ssd.__wrapped__(**arguments))(arguments))
+        return served[-1] if "pallas_call" in program else None
+
+    def test_default_is_the_fused_kernel_that_can_serve(self, monkeypatch):
+        assert self.chosen(monkeypatch, "cpu") is None
+        assert self.chosen(monkeypatch, "gpu", 9.0) == "pallas_gpu"
+        assert self.chosen(monkeypatch, "gpu", 10.0) == "pallas_gpu"
+        assert self.chosen(monkeypatch, "gpu", 8.0) is None
+        assert self.chosen(monkeypatch, "tpu") == "pallas_tpu"
+        for kind in ("gpu", "tpu"):
+            assert self.chosen(monkeypatch, kind, 9.0, dtype=np.float16) is None
+            assert self.chosen(monkeypatch, kind, 9.0, state=300) is None
+
+    def test_default_on_cpu_is_chunked(self):
+        arguments = inputs(13)
+        for default, named in zip(ssd(**arguments), ssd(**arguments, implementation="chunked"), strict=True):
+            np.testing.assert_array_equal(default, named)
+
+    @pytest.mark.parametrize(("name", "kind"), [("pallas_gpu", "GPU"), ("pallas_tpu", "TPU")])
+    def test_named_kernel_elsewhere(self, name, kind):
+        with pytest.raises(
+            ValueError, match=rf"'{name}' cannot serve: it needs a {kind}, and this runs on cpu.*interpr"
+        ):
+            ssd(**inputs(13), implementation=name)
+
+    def test_named_kernel_on_an_old_gpu(self, monkeypatch):
+        monkeypatch.setattr(api, "platform", lambda: "gpu")
+        monkeypatch.setattr(api, "compute_capability", lambda: 8.0)
+        with pytest.raises(ValueError, match=r"needs compute capability 9.0 or newer, and this GPU has 8.0"):
+            ssd.__wrapped__(**inputs(13), implementation="pallas_gpu")
+
+    @pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+    def test_named_kernel_and_what_it_does_not_take(self, name):
+        arguments = inputs(13)
+        half = arguments | {"x": arguments["x"].astype(np.float16)}
+        with pytest.raises(ValueError, match="cannot serve: x has dtype float16; it takes bfloat16 and float32"):
+            ssd(**half, implementation=name, interpret=True)
+        with pytest.raises(ValueError, match="cannot serve: the head dim is 260; it takes up to"):
+            ssd(**inputs(13, headdim=260), implementation=name, interpret=True)
+        with pytest.raises(ValueError, match="cannot serve: the state size is 300; it takes up to 256"):
+            ssd(**inputs(13, state=300), implementation=name, interpret=True)
+
+    def test_tpu_states_beyond_its_memory(self):
+        with pytest.raises(ValueError, match="states of a group's heads take 8388608 bytes; it takes up to 4194304"):
+            ssd(
+                **inputs(1, batch=1, group_heads=128, headdim=64, state=256),
+                implementation="pallas_tpu",
+                interpret=True,
+            )
+
+    @pytest.mark.parametrize("name", [None, "chunked"])
+    def test_only_kernels_are_interpreted(self, name):
+        with pytest.raises(ValueError, match=f"interpret is True with implementation {name!r}; it is for a named"):
+            ssd(**inputs(13), implementation=name, interpret=True)
 
 
 class TestHandOver:
@@ -393,6 +455,82 @@ class TestAccuracy:
         for name, gradient in gradients.items():
             assert gradient.dtype == (jnp.bfloat16 if name in low else jnp.float32)
             assert error(gradient, wanted_gradients[name]) < (roundings + 2) * 2.0**-9, name
+
+
+class TestKernels:
+    @pytest.mark.slow
+    def test_tpu_memory(self):
+        """The interpreter that copies blocks as a TPU does, from memory full of NaN: what is read was written before,
+        blocks of states rest where they are still wanted, and no two copies race. Several groups, blocks of heads and
+        chunks; the plain interpreter gives the same numbers."""
+        from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+        from jax.experimental.pallas import tpu as pltpu
+
+        from zamba2_jax.ops.ssd import pallas_tpu
+
+        arguments = inputs(130, batch=1, groups=2, group_heads=4, headdim=130, state=7)
+        resets = np.zeros((1, 130), bool)
+        resets[:, [70, 129]] = True
+
+        def results(interpret):
+            def weighted(arguments):
+                y, state = pallas_tpu.ssd(**arguments, resets=resets, interpret=interpret)
+                return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(state)), (y, state)
+
+            return jax.jit(jax.grad(weighted, has_aux=True))(arguments)
+
+        careful = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+        for actual, wanted in zip(jax.tree.leaves(results(careful)), jax.tree.leaves(results(True)), strict=True):
+            np.testing.assert_array_equal(actual, wanted)
+        assert not interpret_pallas_call.races.races_found
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", FUSED.values())
+    def test_more_elements_than_32_bits_count(self, name):
+        """x has more than 2^31 elements, and its last tokens are a segment of their own: the recurrence from zero."""
+        if FUSED.get(platform()) != name:
+            pytest.skip(f"needs the device of {name}, and this runs on {platform()}")
+        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        if memory < 48e9:
+            pytest.skip(f"needs 48 GB of device memory for arrays beyond 2^31 elements; there are {memory / 1e9:.0f}")
+        heads, headdim, state, tail = 64, 64, 16, 100
+        length = 2**31 // (2 * heads * headdim) + tail
+        assert 2 * length * heads * headdim > 2**31
+        piece = inputs(tail, batch=1, group_heads=heads, headdim=headdim, state=state)
+        low = {key: np.float32(jnp.asarray(piece[key], jnp.bfloat16)) for key in ("x", "B", "C")}
+        last = {key: np.repeat(array, 2, axis=0) for key, array in (piece | low).items() if key not in ("A", "D")}
+        last |= {"A": piece["A"], "D": piece["D"], "initial_state": np.zeros((2, heads, headdim, state), np.float32)}
+        weights = weights_for(last)
+        wanted_gradients, (wanted_y, wanted_state) = expected_gradients(last, *weights)
+
+        @jax.jit
+        def run(x, dt, B, C, weight_y, weight_state):
+            def fill(array):
+                return jnp.pad(array, ((0, 0), (length - tail, 0)) + ((0, 0),) * (array.ndim - 2), constant_values=0.5)
+
+            ids = jnp.arange(length) >= length - tail
+            ids = jnp.broadcast_to(ids.astype(jnp.int32), (2, length))
+            dt, B, C = map(fill, (dt, B, C))
+
+            def results(x):
+                return ssd(x, dt, piece["A"], B, C, piece["D"], segment_ids=ids, implementation=name)
+
+            (y, last_state), pull = jax.vjp(results, fill(x))
+            weight_y = jnp.pad(weight_y.astype(y.dtype), ((0, 0), (length - tail, 0), (0, 0), (0, 0)))
+            (dx,) = pull((weight_y, weight_state))
+            return y[:, -tail:], last_state, dx[:, -tail:], jnp.abs(dx[:, :-tail]).max()
+
+        x, B, C = (jnp.asarray(last[key], jnp.bfloat16) for key in ("x", "B", "C"))
+        y, last_state, dx, before = run(x, last["dt"], B, C, *weights)
+        # The bounds of `test_bfloat16`, and one rounding more for the weights of y.
+        for actual, wanted, roundings in (
+            (y, wanted_y, 4),
+            (last_state, wanted_state, 1),
+            (dx, wanted_gradients["x"], 7),
+        ):
+            error = np.linalg.norm(np.float64(actual) - wanted) / np.linalg.norm(wanted)
+            assert error < roundings * 2.0**-9
+        assert before == 0
 
 
 class TestChunkLength:
