@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zamba2_jax import config_checks as check
-from zamba2_jax import config_dialects
+from zamba2_jax import config_dialects, costs
 
 # fmt: off
 HIDDEN_ACTIVATIONS = (
@@ -400,6 +400,70 @@ class Zamba2Config:
         if self.use_shared_attention_adapter:
             use += 3 * r * (2 * d + attention)
         return self.num_hidden_layers * mamba_layer + shared_blocks * shared_block + self.num_hybrid_layers * use
+
+    # ---- costs: `zamba2_jax.costs` has the formulas ----
+
+    def flops_per_token(self, length: int, *, training: bool = False, chunk_size: int | None = None) -> float:
+        """Operations (multiplications and additions) a token, on average over a sequence of `length` tokens.
+
+        Args:
+            length: of the sequence, read from its beginning; a token sees (length + 1) / 2 keys on average.
+            training: three times the forward pass: the backward pass takes two products for each of its own. What
+                gradient checkpointing recomputes is not counted, as is usual for a share of the peak rate.
+            chunk_size: of the state-space recurrence, whose work inside a chunk grows with it; None is the config's.
+
+        Raises:
+            ValueError: `length` or `chunk_size` below 1.
+        """
+        chunk = check.size("chunk_size", self.chunk_size if chunk_size is None else chunk_size)
+        keys = (check.size("length", length) + 1) / 2
+        return costs.operations(self, keys=keys, chunk=min(chunk, length)).total * (3 if training else 1)
+
+    def flops_per_decode_step(self, batch_size: int, context_length: int) -> float:
+        """Operations that add one token to each of `batch_size` sequences, which then hold `context_length` tokens.
+
+        Raises:
+            ValueError: `batch_size` or `context_length` below 1.
+        """
+        keys = check.size("context_length", context_length)
+        return check.size("batch_size", batch_size) * costs.operations(self, keys=keys, chunk=1).total
+
+    def bytes_per_decode_step(
+        self,
+        batch_size: int,
+        context_length: int,
+        *,
+        weight_itemsize: float = 2,
+        cache_itemsize: float = 2,
+        ssm_itemsize: float = 4,
+    ) -> float:
+        """Bytes that such a step must move: every weight read once per use, the Mamba2 states read and written, the
+        filled slots' keys and values read, and the new token's written.
+
+        Args:
+            batch_size, context_length: as in `flops_per_decode_step`.
+            weight_itemsize, cache_itemsize, ssm_itemsize: bytes of one number: of the weights; of keys, values and
+                convolution windows; of the SSM states. The scales of quantised weights are not counted.
+
+        Raises:
+            ValueError: `batch_size` or `context_length` below 1.
+        """
+        rows, keys = check.size("batch_size", batch_size), check.size("context_length", context_length)
+        state = costs.state_bytes(self, cache_itemsize=cache_itemsize, ssm_itemsize=ssm_itemsize)
+        token = costs.key_value_bytes(self, cache_itemsize=cache_itemsize)
+        return self.num_parameters_applied_per_token() * weight_itemsize + rows * (2 * state + (keys + 1) * token)
+
+    def cache_bytes(
+        self, batch_size: int, max_length: int, *, cache_itemsize: float = 2, ssm_itemsize: float = 4
+    ) -> float:
+        """Bytes of a cache of `max_length` slots for `batch_size` sequences, but for its book-keeping.
+
+        Raises:
+            ValueError: `batch_size` or `max_length` below 1.
+        """
+        rows, slots = check.size("batch_size", batch_size), check.size("max_length", max_length)
+        state = costs.state_bytes(self, cache_itemsize=cache_itemsize, ssm_itemsize=ssm_itemsize)
+        return rows * (state + slots * costs.key_value_bytes(self, cache_itemsize=cache_itemsize))
 
     # ---- files ----
 

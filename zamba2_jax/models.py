@@ -477,6 +477,15 @@ class Zamba2ForCausalLM(PretrainedModel):
 
     generate = generate
 
+    def flops_per_token(self, length: int, *, training: bool = False) -> float:
+        """`config.flops_per_token`: operations a token, on average over a sequence of `length` tokens."""
+        return self.config.flops_per_token(length, training=training)
+
+    def bytes_per_decode_step(self, batch_size: int, context_length: int) -> float:
+        """`config.bytes_per_decode_step` for weights in `param_dtype` and a cache in the compute dtype."""
+        sizes = {"weight_itemsize": self.param_dtype.itemsize, "cache_itemsize": self.dtype.itemsize}
+        return self.config.bytes_per_decode_step(batch_size, context_length, **sizes)
+
 
 class Zamba2ForSequenceClassification(PretrainedModel):
     """Zamba2Model with a linear head on each row's last real token. Arguments as in `Zamba2Model`; `config.num_labels`
