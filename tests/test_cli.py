@@ -11,7 +11,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.oracle import layer_types, pair
-from zamba2_jax import cli
+from zamba2_jax import cli, quantize
 from zamba2_jax.cli import main
 
 PROMPT = "w5 w6 w7"
@@ -65,6 +65,18 @@ def test_prompts_from_files_and_standard_input(capsys, checkpoint, expected, tmp
     assert out == expected()[0] + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
     assert generate(capsys, checkpoint, "--prompt-file", "-")[1] == out
+
+
+def test_quantized_weights(capsys, checkpoint):
+    code, out, err = generate(capsys, checkpoint, "--prompt", PROMPT, "--quantize", "int8", "--stats")
+    assert code == 0
+    assert "float32, int8 weights" in err
+    small = quantize(checkpoint.jax, "int8")
+    tokens = small.generate(np.array([[5, 6, 7]]), max_new_tokens=8)
+    assert out == AutoTokenizer.from_pretrained(checkpoint.path).decode(tokens[0, 3:], skip_special_tokens=True) + "\n"
+    code, out, err = generate(capsys, checkpoint, "--prompt", PROMPT, "--quantize", "int3")
+    assert (code, out) == (2, "")
+    assert "--quantize" in err
 
 
 def test_sampling_options_imply_sampling(capsys, checkpoint, expected):

@@ -41,6 +41,7 @@ from zamba2_jax.ops.losses import (
     mean_squared_error,
 )
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from zamba2_jax.quantization import weight_itemsize
 from zamba2_jax.tokens import TokenLayout
 
 CLASSIFICATION_LOSSES = {
@@ -482,8 +483,8 @@ class Zamba2ForCausalLM(PretrainedModel):
         return self.config.flops_per_token(length, training=training)
 
     def bytes_per_decode_step(self, batch_size: int, context_length: int) -> float:
-        """`config.bytes_per_decode_step` for weights in `param_dtype` and a cache in the compute dtype."""
-        sizes = {"weight_itemsize": self.param_dtype.itemsize, "cache_itemsize": self.dtype.itemsize}
+        """`config.bytes_per_decode_step` for weights as they are stored and a cache in the compute dtype."""
+        sizes = {"weight_itemsize": weight_itemsize(self), "cache_itemsize": self.dtype.itemsize}
         return self.config.bytes_per_decode_step(batch_size, context_length, **sizes)
 
 

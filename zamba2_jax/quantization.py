@@ -1,4 +1,4 @@
-"""int8 and int4 weights for inference: a 7B model in 7.5 or 4.2 GB instead of 14.7.
+"""int8 and int4 weights for inference: a 7B model in 7.5 or 4.1 GB instead of 14.7.
 
 Quantised are the matrices that make up nine tenths of a model and more: the projections of the mixers and of the shared
 blocks, `linear`, the embedding and the head. What is small or feeds an exponential stays as it is: norms,
@@ -13,8 +13,10 @@ two roundings and two products (`zamba2_jax/ops/quantized.py`).
 """
 
 import copy
+import math
 from typing import TypeVar
 
+import jax
 from flax import nnx
 
 from zamba2_jax.layers.linear import Embed, Linear
@@ -103,3 +105,17 @@ def quantization(model: nnx.Module) -> str | None:
     """ "int8", "int4", or None for a model in full precision."""
     bits = [m.bits for _, m in nnx.iter_modules(model) if isinstance(m, QuantizedLinear)]
     return None if not bits else "int4" if 4 in bits else "int8"
+
+
+def weight_itemsize(model: nnx.Module) -> float:
+    """Bytes of a weight: `param_dtype`'s; of a quantised model on average, all that it stores over its parameters."""
+    if quantization(model) is None:
+        return model.param_dtype.itemsize
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
+    dense = sum(
+        math.prod(module.values.shape) * (8 // getattr(module, "bits", 8))
+        for _, module in nnx.iter_modules(model)
+        if isinstance(module, QuantizedLinear | QuantizedEmbed)
+    )
+    rest = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return stored / (dense + rest)

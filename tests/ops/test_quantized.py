@@ -1,5 +1,7 @@
 """Weights as int8 and int4: rounding, and products with them, against the dense matrix that they stand for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -150,6 +152,25 @@ class TestMemory:
         assert temporary["blocked"] < widened / 4
         if jax.default_backend() == "cpu":  # what "blocked" is for
             assert temporary["fused"] > widened / 2
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_a_loop_does_not_widen_in_advance(self, bits):
+        """As generation's loop over tokens: the matrices do not change in it, so that a compiler likes to hoist what
+        depends on them alone. By the platform's own choice: "fused" on a CPU is hoisted."""
+        count, size = 8, 256
+        weight = jax.ShapeDtypeStruct((size, size), jnp.float32)
+        arrays = jax.eval_shape(lambda w: quantize_int8(w, axis=0) if bits == 8 else quantize_int4(w), weight)
+
+        def product(x, values, scale):
+            if bits == 8:
+                return dot_int8(x, values, scale, axis=0, block=1 << 14)
+            return dot_int4(x, values, scale, block=1 << 14)
+
+        def loop(x, matrices):
+            return jax.lax.fori_loop(0, 9, lambda _, x: functools.reduce(lambda x, m: product(x, *m), matrices, x), x)
+
+        compiled = jax.jit(loop).lower(jax.ShapeDtypeStruct((1, size), jnp.float32), [arrays] * count).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * size * size * count / 2
 
 
 def test_rows_are_taken():

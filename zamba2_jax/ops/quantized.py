@@ -155,6 +155,7 @@ def dot_int8(
     check_shape("x", x, (*x.shape[:-1], values.shape[axis]), "(..., in)")
     check_shape("scale", scale, out, "(*out)")
     if _choose(implementation) == "fused":
+        x, values = _now(x, values)
         summed = _dot(x, values.astype(x.dtype), axis)
     elif axis == 0:
         wide, size = x.astype(jnp.float32), _block_size(values.shape[0], math.prod(out), block)
@@ -188,6 +189,7 @@ def dot_int4(
     # Two products, of even and of odd inputs, each with a matrix that is elementwise in the bytes: interleaving the
     # nibbles into one matrix would be a copy of it.
     if _choose(implementation) == "fused":
+        x, values = _now(x, values)
         even, odd = (_widen_int4(half, scale, x.dtype) for half in _nibbles(values))
         return _inference_only((_dot(x[..., 0::2], even, 0) + _dot(x[..., 1::2], odd, 0)).astype(x.dtype))
 
@@ -215,6 +217,12 @@ def _choose(implementation: Implementation | None) -> Implementation:
     if implementation is None:
         return "blocked" if platform() == "cpu" else "fused"
     return implementation
+
+
+def _now(x: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ties the integers to an input that changes. XLA may else widen them once, before a loop over tokens, and keep
+    what they were to save."""
+    return jax.lax.optimization_barrier((x, values))
 
 
 def _dot(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
