@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from zamba2_jax.layers.linear import param
+from zamba2_jax.ops.gated_norm import gated_rms_norm
 
 
 def _normalise(x: jax.Array, eps: float) -> jax.Array:
@@ -39,9 +41,8 @@ class GatedRMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = param(jnp.ones((features,), param_dtype), ("mamba_inner",))
 
-    def __call__(self, y: jax.Array, gate: jax.Array) -> jax.Array:
-        """y, gate (..., E) -> (..., E)."""
-        gated = y.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        grouped = gated.reshape(*gated.shape[:-1], self.groups, -1)
-        normalised = _normalise(grouped, self.eps).reshape(gated.shape)
-        return normalised.astype(self.dtype) * self.scale[...].astype(self.dtype)
+    def __call__(
+        self, y: Float[Array, "b l inner"], gate: Float[Array, "b l *parts inner"], part: int | None = None
+    ) -> Float[Array, "b l inner"]:
+        """With `part`, the gate is that of its parts."""
+        return gated_rms_norm(y.astype(self.dtype), gate, self.scale[...], groups=self.groups, eps=self.eps, part=part)

@@ -17,3 +17,12 @@ def platform() -> str:
 def compute_capability() -> float:
     """Returns that of the first GPU, such as 9.0; 0.0 where JAX's default backend is no NVIDIA GPU."""
     return float(getattr(jax.devices()[0], "compute_capability", 0))
+
+
+def fused_gpu_obstacle() -> str | None:
+    """Why the fused kernels for GPUs cannot run here, or None where they can: they are made for Hopper and newer."""
+    if platform() != "gpu":
+        return f"it needs a GPU, and this runs on {platform()}"
+    if compute_capability() < 9.0:
+        return f"it needs compute capability 9.0 or newer, and this GPU has {compute_capability()}"
+    return None

@@ -1,18 +1,25 @@
 """The short causal convolution before the state-space recurrence."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_shape
+from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
+from zamba2_jax.ops._platform import fused_gpu_obstacle
+from zamba2_jax.sharding import BATCH_AXES, RULES
 
 Activation = Literal["silu"]
 ACTIVATIONS = ("silu",)
+Implementation = Literal["xla", "pallas_gpu"]
+IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
 
-@functools.partial(jax.jit, static_argnames=("activation",))
+@functools.partial(jax.jit, static_argnames=("activation", "part", "implementation", "interpret"))
 def causal_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -23,14 +30,16 @@ def causal_conv(
     run_end: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     activation: Activation | None = None,
+    part: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Convolves every channel with its own k taps, looking back only.
 
         y_t = activation(bias + sum_i kernel_i x_{t-(k-1)+i})
 
     Time may pass for only a run of a row's tokens, those from `run_start` to `run_end` - 1; what lies outside is
-    padding and is not
-    there at all: the token before the run's first is the last of the initial window.
+    padding and is not there at all: the token before the run's first is the last of the initial window.
 
     Args:
       x: (b, l, ...channels), floating; channels may be one or more axes.
@@ -41,6 +50,10 @@ def causal_conv(
       segment_ids: (b, l) integers or None. No tap reaches across a change of id: inputs on the other side count as
         zero. The initial window belongs to the segment of the run's first token.
       activation: None or "silu".
+      part: None, or which part of x (b, l, parts, ...channels) is meant: the kernel reads it where it lies.
+      implementation: "xla", or "pallas_gpu", one kernel each way. None takes the kernel on GPUs of compute capability
+        9.0 and newer, else xla.
+      interpret: for tests: run the kernel's body in plain JAX, on any device, slowly.
 
     Returns:
       y (b, l, ...channels) in x.dtype, computed in float32; unspecified but finite outside the run. And the window
@@ -48,12 +61,15 @@ def causal_conv(
       those of another segment than that token's. For an empty run it is the initial window.
 
     Raises:
-      ValueError: a shape, dtype or name that does not fit, naming the argument.
+      ValueError: a shape, dtype or name that does not fit, naming the argument; or a kernel that cannot serve.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    if x.ndim < 3:
-        raise ValueError(f"x has shape {x.shape}; it must be (b, l, ...channels)")
-    batch, length, *channels = x.shape
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if x.ndim < 3 + (part is not None):
+        raise ValueError(f"x has shape {x.shape}; it must be (b, l, {'...' if part is None else 'parts, ...'}channels)")
+    if part is not None and not 0 <= part < x.shape[2]:
+        raise ValueError(f"part is {part} and x has shape {x.shape}, (b, l, parts, ...channels)")
+    batch, length, *channels = x.shape if part is None else (*x.shape[:2], *x.shape[3:])
     width = _check_kernel(x, kernel, bias, channels)
     if initial_window is None:
         initial_window = jnp.zeros((batch, width - 1, *channels), x.dtype)
@@ -67,23 +83,133 @@ def causal_conv(
         check_shape("segment_ids", segment_ids, (batch, length), "(b, l)")
         check_integer("segment_ids", segment_ids)
 
-    # padded[:, t + k - 1] is x[:, t], and the window lies in the k - 1 places before the run's first token.
+    obstacle = None if interpret else fused_gpu_obstacle()
+    if implementation == "pallas_gpu" and obstacle is not None:
+        raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     window = initial_window.astype(x.dtype)
-    if run_start is None:
-        padded = jnp.concatenate([window, x], axis=1)
-    else:
-        padded = jnp.pad(x, ((0, 0), (width - 1, 0)) + ((0, 0),) * len(channels))
-        padded = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(padded, window, run_start)
+    if implementation == "xla" or obstacle is not None:
+        x = x if part is None else x[:, :, part]
+        segment = None if segment_ids is None else _padded_segments(segment_ids, run_start, width)
+        padded = _pad(x, window, run_start)
+        y = _convolve(padded, kernel, bias, segment, activation, length)
+        return y, _final_window(padded, segment, run_end, width)
 
-    segment = None if segment_ids is None else _padded_segments(segment_ids, run_start, width)
+    y = _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, interpret)
+    x = x if part is None else x[:, :, part]
+    return y, _window_of_tokens(x, window, run_start, run_end, segment_ids)
+
+
+def _pad(x: jax.Array, window: jax.Array, run_start: jax.Array | None) -> jax.Array:
+    """(b, l + k - 1, ...channels): x[:, t] in place t + k - 1, and the window in the k - 1 places before the run."""
+    if run_start is None:
+        return jnp.concatenate([window, x], axis=1)
+    padded = jnp.pad(x, ((0, 0), (window.shape[1], 0)) + ((0, 0),) * (x.ndim - 2))
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(padded, window, run_start)
+
+
+def _convolve(
+    padded: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    segment: jax.Array | None,
+    activation: Activation | None,
+    length: int,
+) -> jax.Array:
+    width = kernel.shape[0]
     y = 0.0 if bias is None else bias.astype(jnp.float32)
     for tap in range(width):
         reached = padded[:, tap : tap + length].astype(jnp.float32)
         if segment is not None and tap < width - 1:
             same = segment[:, tap : tap + length] == segment[:, width - 1 :]
-            reached = jnp.where(same.reshape(batch, length, *(1,) * len(channels)), reached, 0.0)
+            reached = jnp.where(same.reshape(*same.shape, *(1,) * (padded.ndim - 2)), reached, 0.0)
         y = y + kernel[tap].astype(jnp.float32) * reached
-    return _activate(y, activation).astype(x.dtype), _final_window(padded, segment, run_end, width)
+    return _activate(y, activation).astype(padded.dtype)
+
+
+def _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, interpret) -> jax.Array:
+    """`_convolve` by the kernel for GPUs, on every device of a mesh for its own rows and channels."""
+    # Imported here: Pallas is slow to import, and of use on a GPU only.
+    from zamba2_jax.ops import conv_gpu
+
+    batch, length = x.shape[:2]
+    width, *channels = kernel.shape
+    options = conv_gpu.Options(part=part, activate=activation is not None, interpret=interpret)
+    segment = None if segment_ids is None else _padded_segments(segment_ids, None, width)[:, width - 1 :]
+    start = None if run_start is None else run_start.astype(jnp.int32)
+
+    def plain(x, kernel, bias, window, start, segment):
+        if segment is not None:
+            segment = _from_first(jnp.pad(segment, ((0, 0), (width - 1, 0))), start, width)
+        return _convolve(_pad(x, window, start), kernel, bias, segment, activation, length)
+
+    def local(x, kernel, bias, window, start, segment):
+        rows, all_channels = x.shape[0], math.prod(kernel.shape[1:])
+
+        def flat(array, axes):
+            return None if array is None else array.reshape(*array.shape[:axes], all_channels)
+
+        y = conv_gpu.convolve(
+            flat(x, 2 if part is None else 3),
+            flat(kernel, 1),
+            flat(bias, 0),
+            flat(window, 2),
+            start,
+            segment,
+            options,
+            plain,
+        )
+        return y.reshape(rows, length, *kernel.shape[1:])
+
+    sizes = automatic_axes()
+    rows = dividing(BATCH_AXES, sizes, batch)
+    # One axis of channels is that of mamba's heads; B and C, which all heads of a group read, are on every device.
+    split = dividing((RULES["mamba_inner"],), sizes, channels[0]) if len(channels) == 1 else None
+    spread = (split,) if len(channels) == 1 else (None,) * len(channels)
+    x_spec = PartitionSpec(rows, None, *(() if part is None else (None,)), *spread)
+    of_row = PartitionSpec(rows)
+    return on_each_device(
+        local,
+        (x, kernel, bias, window, start, segment),
+        (
+            x_spec,
+            PartitionSpec(None, *spread),
+            PartitionSpec(*spread),
+            PartitionSpec(rows, None, *spread),
+            of_row,
+            of_row,
+        ),
+        PartitionSpec(rows, None, *spread),
+    )
+
+
+def _window_of_tokens(
+    x: jax.Array,
+    window: jax.Array,
+    run_start: jax.Array | None,
+    run_end: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """`_final_window` without padded inputs: the k - 1 tokens that end with the run's last, window included."""
+    batch, length = x.shape[:2]
+    width = window.shape[1] + 1
+    start = jnp.zeros((batch,), jnp.int32) if run_start is None else run_start
+    end = jnp.full((batch,), length) if run_end is None else run_end
+    token = end[:, None] - (width - 1) + jnp.arange(width - 1)
+
+    def take(array, index):
+        index = jnp.clip(index, 0, array.shape[1] - 1)
+        return jnp.take_along_axis(array, index.reshape(*index.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+    def where(condition, yes, no):
+        return jnp.where(condition.reshape(*condition.shape, *(1,) * (x.ndim - 2)), yes, no)
+
+    old = take(window, token - start[:, None] + width - 1)
+    latest = where(token >= start[:, None], take(x, token), old)
+    if segment_ids is None or width == 1:
+        return latest
+    changes = _padded_segments(segment_ids, None, width)[:, width - 1 :]
+    segments = take(changes, jnp.maximum(token, start[:, None]))
+    return where(segments == segments[:, -1:], latest, jnp.zeros((), latest.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("activation",))
@@ -136,7 +262,11 @@ def _check_kernel(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, chann
 def _padded_segments(segment_ids: jax.Array, run_start: jax.Array | None, width: int) -> jax.Array:
     """(b, l + k - 1): the changes of id before each place of the padded inputs. The window shares the run's first."""
     changes = jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1, dtype=jnp.int32)
-    padded = jnp.pad(changes, ((0, 0), (width, 0)))
+    return _from_first(jnp.pad(changes, ((0, 0), (width, 0))), run_start, width)
+
+
+def _from_first(padded: jax.Array, run_start: jax.Array | None, width: int) -> jax.Array:
+    """`padded` (b, l + k - 1) with every place before the run's first as that one."""
     if run_start is None:
         return padded
     first = jnp.take_along_axis(padded, run_start[:, None] + width - 1, axis=1, mode="clip")

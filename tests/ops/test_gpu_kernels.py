@@ -1,0 +1,209 @@
+"""The fused convolution and gated norm for GPUs, against the same functions in XLA's operations: on a GPU the kernels
+themselves, elsewhere their bodies in interpret mode."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zamba2_jax.ops import conv_gpu
+from zamba2_jax.ops._platform import fused_gpu_obstacle
+from zamba2_jax.ops.conv import causal_conv
+from zamba2_jax.ops.gated_norm import gated_rms_norm
+
+PROJECT = Path(__file__).parents[2]
+FUSED = {"implementation": "pallas_gpu", "interpret": fused_gpu_obstacle() is not None}
+XLA = {"implementation": "xla"}
+# A handful of float32 operations, or a sum of a few hundred products of size 1: the order of addition differs.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def normal(random, *shape):
+    return random.standard_normal(shape).astype(np.float32)
+
+
+def assert_same(function, arguments, *, static, cotangents):
+    """Values and gradients of `function(arguments, **static)` by both implementations."""
+
+    def run(implementation):
+        def total(arguments):
+            outputs = function(arguments, **static, **implementation)
+            return sum(
+                jnp.sum(output.astype(jnp.float32) * cotangent)
+                for output, cotangent in zip(outputs, cotangents, strict=True)
+            ), outputs
+
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(arguments)
+        return outputs, gradients
+
+    jax.tree.map(lambda ours, wanted: np.testing.assert_allclose(ours, wanted, **CLOSE), run(FUSED), run(XLA))
+
+
+class TestConv:
+    @pytest.fixture
+    def few_tokens_per_program(self, monkeypatch):
+        """In interpret mode the body's unrolled steps take seconds to compile."""
+        monkeypatch.setattr(conv_gpu, "TOKENS", 8)
+        monkeypatch.setattr(conv_gpu, "TOGETHER", 2)
+
+    # One token, and two programs and a rest.
+    @pytest.mark.usefixtures("few_tokens_per_program")
+    @pytest.mark.parametrize("length", [1, 19])
+    @pytest.mark.parametrize("case", ["plain", "window", "runs", "segments", "runs and segments", "part"])
+    def test_values_and_gradients(self, length, case):
+        random = np.random.default_rng(length)
+        batch, channels, width = 3, 7, 4
+        arguments = {
+            "x": normal(random, batch, length, *((2,) if case == "part" else ()), channels),
+            "kernel": normal(random, width, channels),
+            "bias": normal(random, channels),
+        }
+        static = {"part": 1} if case == "part" else {}
+        if case != "plain":
+            arguments["initial_window"] = normal(random, batch, width - 1, channels)
+        integers = {}
+        mask = np.ones((batch, length), np.float32)
+        if "runs" in case:
+            start = np.array([0, length // 3, length // 2])
+            end = np.array([length, length, length - length // 4])
+            integers |= {"run_start": start, "run_end": end}
+            place = np.arange(length)
+            mask = ((place >= start[:, None]) & (place < end[:, None])).astype(np.float32)
+        if "segments" in case:
+            integers["segment_ids"] = np.cumsum(random.random((batch, length)) < 0.2, axis=1)
+
+        def function(arguments, **options):
+            y, window = causal_conv(**arguments, **integers, activation="silu", **options)
+            return y * mask[..., None], window  # what lies outside a run is not defined
+
+        cotangents = (normal(random, batch, length, channels), normal(random, batch, width - 1, channels))
+        assert_same(function, arguments, static=static, cotangents=cotangents)
+
+    def test_tokens_of_two_programs(self):
+        random = np.random.default_rng(0)
+        length = conv_gpu.TOKENS + 1
+        arguments = {"x": normal(random, 1, length, 3), "kernel": normal(random, 4, 3)}
+        cotangents = (normal(random, 1, length, 3), normal(random, 1, 3, 3))
+        assert_same(
+            lambda arguments, **options: causal_conv(**arguments, **options),
+            arguments,
+            static={},
+            cotangents=cotangents,
+        )
+
+    @pytest.mark.usefixtures("few_tokens_per_program")
+    @pytest.mark.parametrize(("width", "channels"), [(1, (5,)), (3, (2, 3))])
+    def test_widths_and_channels(self, width, channels):
+        random = np.random.default_rng(1)
+        arguments = {
+            "x": normal(random, 2, 9, *channels),
+            "kernel": normal(random, width, *channels),
+            "initial_window": normal(random, 2, width - 1, *channels),
+        }
+        cotangents = (normal(random, 2, 9, *channels), normal(random, 2, width - 1, *channels))
+        assert_same(
+            lambda arguments, **options: causal_conv(**arguments, **options),
+            arguments,
+            static={},
+            cotangents=cotangents,
+        )
+
+    def test_named_kernel_without_gpu_raises(self):
+        if fused_gpu_obstacle() is None:
+            pytest.skip("there is a GPU")
+        x = jnp.zeros((1, 3, 2))
+        with pytest.raises(ValueError, match="'pallas_gpu' cannot serve: it needs a GPU, and this runs on cpu"):
+            causal_conv(x, jnp.zeros((4, 2)), implementation="pallas_gpu")
+
+    def test_part_outside(self):
+        with pytest.raises(ValueError, match=r"part is 2 and x has shape \(1, 3, 2, 4\)"):
+            causal_conv(jnp.zeros((1, 3, 2, 4)), jnp.zeros((4, 4)), part=2)
+
+
+class TestGatedNorm:
+    # Groups of a power of two and not; more tokens than one program adds up.
+    @pytest.mark.parametrize(("channels", "groups"), [(16, 1), (24, 2), (5, 1)])
+    @pytest.mark.parametrize("part", [None, 0, 1])
+    def test_values_and_gradients(self, channels, groups, part):
+        random = np.random.default_rng(channels)
+        batch, length = 3, 13
+        arguments = {
+            "y": normal(random, batch, length, channels),
+            "gate": normal(random, batch, length, *(() if part is None else (2,)), channels),
+            "scale": normal(random, channels),
+        }
+        assert_same(
+            lambda arguments, **options: (gated_rms_norm(**arguments, **options),),
+            arguments,
+            static={"groups": groups, "part": part},
+            cotangents=(normal(random, batch, length, channels),),
+        )
+
+    def test_bfloat16(self):
+        """Both round twice, after the norm and after the scale, and may differ where a value lies between two."""
+        random = np.random.default_rng(0)
+        y, gate = (normal(random, 2, 5, 64).astype(jnp.bfloat16) for _ in range(2))
+        scale = normal(random, 64).astype(jnp.bfloat16)
+        ours, wanted = (gated_rms_norm(y, gate, scale, **kind) for kind in (FUSED, XLA))
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(np.float32), wanted.astype(np.float32), rtol=2**-7, atol=1e-6)
+        assert np.mean(np.asarray(ours) != np.asarray(wanted)) < 0.02
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"groups": 5}, "groups is 5; it must divide the 16 channels"),
+            ({"gate": jnp.zeros((1, 3, 15))}, r"gate has shape \(1, 3, 15\)"),
+            ({"part": 0}, r"gate has shape \(1, 3, 16\) and part is 0"),
+            ({"y": jnp.zeros((3, 16))}, r"y has shape \(3, 16\); it must be \(b, l, e\)"),
+            ({"scale": jnp.zeros((16,), int)}, "scale has dtype int32"),
+        ],
+    )
+    def test_errors(self, changes, message):
+        arguments = {"y": jnp.zeros((1, 3, 16)), "gate": jnp.zeros((1, 3, 16)), "scale": jnp.zeros((16,))}
+        with pytest.raises(ValueError, match=message):
+            gated_rms_norm(**arguments | changes)
+
+
+_ON_A_MESH = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from zamba2_jax.ops.conv import causal_conv
+from zamba2_jax.ops.gated_norm import gated_rms_norm
+
+random = np.random.default_rng(0)
+shapes = {"x": (2, 9, 2, 8), "y": (2, 9, 8), "kernel": (4, 8), "scale": (8,)}
+arguments = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+def total(arguments, options):
+    convolved, _ = causal_conv(arguments["x"], arguments["kernel"], activation="silu", part=1, **options)
+    gated = arguments["y"] * convolved
+    return jnp.sum(jnp.sin(gated_rms_norm(gated, arguments["x"], arguments["scale"], groups=2, part=0, **options)))
+
+def run(**options):
+    return jax.jit(jax.value_and_grad(lambda arguments: total(arguments, options)))(arguments)
+
+wanted = run(implementation="xla")
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+with jax.set_mesh(mesh):
+    program = str(jax.make_jaxpr(lambda a: total(a, {"implementation": "pallas_gpu", "interpret": True}))(arguments))
+    assert program.count("shard_map") == 2, program.count("shard_map")
+    actual = run(implementation="pallas_gpu", interpret=True)
+jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5), actual, wanted)
+"""
+
+
+def test_each_device_of_a_mesh_its_own_part():
+    """Rows over data, channels over tensor: values and gradients as on one device."""
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    finished = subprocess.run(
+        [sys.executable, "-c", _ON_A_MESH], env=environment, cwd=PROJECT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr

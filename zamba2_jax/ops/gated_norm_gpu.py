@@ -1,0 +1,166 @@
+"""The gated RMSNorm in one kernel forward and one backward, for NVIDIA GPUs (Pallas, Triton backend).
+
+A program owns one group of channels of some tokens and holds a token's group in registers: every number is read once
+and nothing in float32 is written but the scale's gradient. XLA takes three passes forward and six backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Tokens per program of the backward pass, which adds up the scale's gradient over them.
+TOKENS = 32
+# The longest group that a program holds in registers.
+LARGEST_GROUP = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What does not change from call to call.
+
+    Attributes:
+        groups: the channels of y are this many groups, each normalised by itself.
+        eps: added to the mean square.
+        part: None, or which of the parts (..., parts, channels) of the gate is it.
+        interpret: run the body in plain JAX, on any device.
+    """
+
+    groups: int
+    eps: float
+    part: int | None
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(y: jax.Array, gate: jax.Array, scale: jax.Array, options: Options) -> jax.Array:
+    """y (t,e), gate (t,e) or (t,parts,e), scale (e,) -> (t,e) of y.dtype; as `ops.gated_norm.gated_rms_norm`."""
+    return _forward(y, gate, scale, options)
+
+
+def _normalise_forward(y, gate, scale, options):
+    return _forward(y, gate, scale, options), (y, gate, scale)
+
+
+def _normalise_backward(options, residuals, dout):
+    y, gate, scale = residuals
+    dy, dgate, dscale = _backward(y, gate, scale, dout, options)
+    if options.part is not None:
+        dgate = jnp.zeros_like(gate).at[:, options.part].set(dgate)
+    return dy, dgate, dscale.sum(axis=0).astype(scale.dtype)
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class _Group:
+    """One group of channels of a token: loads, stores, and the float32 values that both passes need."""
+
+    def __init__(self, size: int, width: int, eps: float):
+        self._block = 1 << (size - 1).bit_length()
+        self._first = pl.program_id(1) * size
+        self._inside = jnp.arange(self._block) < size
+        self._masked = self._block != size
+        self._size, self._width, self._eps = size, width, eps
+
+    def load(self, ref, *row, offset: int = 0) -> jax.Array:
+        part = ref.at[(*row, pl.ds(offset + self._first, self._block))]
+        value = plgpu.load(part, mask=self._inside, other=0) if self._masked else plgpu.load(part)
+        return value.astype(jnp.float32)
+
+    def store(self, ref, value, *row) -> None:
+        part = ref.at[(*row, pl.ds(self._first, self._block))]
+        plgpu.store(part, value.astype(ref.dtype), mask=self._inside if self._masked else None)
+
+    def mean(self, value) -> jax.Array:
+        return jnp.sum(value) / self._size
+
+    def inverse_rms(self, gated) -> jax.Array:
+        return jax.lax.rsqrt(self.mean(gated * gated) + self._eps)
+
+
+def _gate_rows(y, gate, options: Options) -> tuple[jax.Array, int]:
+    return gate.reshape(y.shape[0], -1), 0 if options.part is None else options.part * y.shape[1]
+
+
+def _warps(size: int) -> int:
+    return max(1, min(16, size // 512))
+
+
+def _forward(y, gate, scale, options: Options) -> jax.Array:
+    gate, offset = _gate_rows(y, gate, options)
+    size = y.shape[1] // options.groups
+
+    def body(y_ref, gate_ref, scale_ref, out_ref):
+        group = _Group(size, y.shape[1], options.eps)
+        gate = group.load(gate_ref, offset=offset)
+        gated = group.load(y_ref) * gate * jax.nn.sigmoid(gate)
+        # Rounded before the scale, as the checkpoints were trained.
+        rounded = (gated * group.inverse_rms(gated)).astype(out_ref.dtype).astype(jnp.float32)
+        group.store(out_ref, rounded * group.load(scale_ref))
+
+    def row(array):
+        return pl.BlockSpec((None, array.shape[1]), lambda t, g: (t, 0))
+
+    return pl.pallas_call(
+        body,
+        grid=(y.shape[0], options.groups),
+        in_specs=[row(y), row(gate), pl.BlockSpec(scale.shape, lambda t, g: (0,))],
+        out_specs=row(y),
+        out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(size), num_stages=1),
+        interpret=options.interpret,
+        name="gated_rms_norm",
+    )(y, gate, scale)
+
+
+def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dy and dgate (t,e), and dscale (blocks,e) float32, to be added over blocks of tokens."""
+    gate, offset = _gate_rows(y, gate, options)
+    tokens, channels = y.shape
+    size = channels // options.groups
+    blocks = pl.cdiv(tokens, TOKENS)
+
+    def body(y_ref, gate_ref, scale_ref, dout_ref, dy_ref, dgate_ref, dscale_ref):
+        group = _Group(size, channels, options.eps)
+        scale = group.load(scale_ref)
+        first = pl.program_id(0) * TOKENS
+
+        def one(token, dscale):
+            y, gate = group.load(y_ref, token), group.load(gate_ref, token, offset=offset)
+            dout = group.load(dout_ref, token)
+            sigmoid = jax.nn.sigmoid(gate)
+            gated = y * gate * sigmoid
+            inverse = group.inverse_rms(gated)
+            normed = gated * inverse
+            dnormed = dout * scale
+            dgated = inverse * (dnormed - normed * group.mean(dnormed * normed))
+            group.store(dy_ref, dgated * gate * sigmoid, token)
+            group.store(dgate_ref, dgated * y * sigmoid * (1 + gate * (1 - sigmoid)), token)
+            return dscale + dout * normed.astype(dout_ref.dtype).astype(jnp.float32)
+
+        last = jnp.minimum(first + TOKENS, tokens)
+        group.store(dscale_ref, jax.lax.fori_loop(first, last, one, jnp.zeros_like(scale)))
+
+    def whole(array):
+        return pl.BlockSpec(array.shape, lambda t, g: (0,) * array.ndim)
+
+    return pl.pallas_call(
+        body,
+        grid=(blocks, options.groups),
+        in_specs=[whole(y), whole(gate), whole(scale), whole(dout)],
+        out_specs=[whole(y), whole(y), pl.BlockSpec((None, channels), lambda t, g: (t, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct(y.shape, y.dtype),
+            jax.ShapeDtypeStruct(y.shape, gate.dtype),
+            jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(size), num_stages=2),
+        interpret=options.interpret,
+        name="gated_rms_norm_backward",
+    )(y, gate, scale, dout)
