@@ -110,22 +110,36 @@ class DeviceMemory:
 # ---- the model ----
 
 
-def random_model(config: Zamba2Config, dtype: str) -> Zamba2ForCausalLM:
-    """A model whose weights are drawn on the device, one small program per shape: drawing them all in one program
-    would take minutes to compile, and drawing them one by one in the constructor needs float32 copies."""
+def random_model(config: Zamba2Config, dtype: str, quantize: str | None = None) -> Zamba2ForCausalLM:
+    """A model whose weights, integers too, are drawn on the device, one small program per shape: drawing them all in
+    one program would take minutes to compile, and the constructor would hold float32 copies, or the weights that were
+    quantised."""
     key = jax.random.key(0)
     rngs = types.SimpleNamespace(params=lambda: key)  # the shapes do not depend on it; an nnx.Rngs traces slowly
-    abstract = nnx.eval_shape(lambda: Zamba2ForCausalLM(config, dtype=dtype, rngs=rngs))
-    graph, state = nnx.split(abstract)
+
+    def build() -> Zamba2ForCausalLM:
+        model = Zamba2ForCausalLM(config, dtype=dtype, rngs=rngs)
+        if quantize is None:
+            return model
+        from zamba2_jax import quantization
+
+        return quantization.quantize(model, quantize)
+
+    graph, state = nnx.split(nnx.eval_shape(build))
     leaves = dict(nnx.to_flat_state(state))
     for index, (path, leaf) in enumerate(leaves.items()):
-        leaf.set_value(_draw(np.uint32(index), path[-1], tuple(leaf.shape), jnp.dtype(leaf.dtype)))
+        name = "scale of values" if (*path[:-1], "values") in leaves and path[-1] == "scale" else path[-1]
+        leaf.set_value(_draw(np.uint32(index), name, tuple(leaf.shape), jnp.dtype(leaf.dtype)))
     return nnx.merge(graph, nnx.from_flat_state(leaves.items()))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _draw(seed: jax.Array, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(seed), shape, jnp.uint8), dtype)
     match name:
+        case "scale of values":  # uniform int8 have a standard deviation of 74, int4 (bfloat16 scales) of 4.6
+            return jnp.full(shape, 0.02 / (74 if dtype == jnp.float32 else 4.6), dtype)
         case "A_log":
             return jnp.log(jnp.arange(1, shape[0] + 1, dtype=dtype))
         case "dt_bias":
@@ -141,13 +155,8 @@ _MODELS: dict[tuple[str, str | None], Zamba2ForCausalLM] = {}
 def _model(size: str, quantize: str | None = None) -> Zamba2ForCausalLM:
     if (size, quantize) not in _MODELS:
         _MODELS.clear()  # one at a time in memory
-        model = random_model(config_of(size), scale_of(size).dtype)
-        _MODELS[size, quantize] = model if quantize is None else _quantized(model, quantize)
+        _MODELS[size, quantize] = random_model(config_of(size), scale_of(size).dtype, quantize)
     return _MODELS[size, quantize]
-
-
-def _quantized(model: Zamba2ForCausalLM, quantize: str) -> Zamba2ForCausalLM:
-    raise NotImplementedError(f"zamba2_jax has no {quantize} weights yet.")
 
 
 def _flat(model: Zamba2ForCausalLM) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Zamba2ForCausalLM]]:

@@ -93,37 +93,24 @@ def _ssd(config: Zamba2Config, tokens: int, batch: int, size: int, backward: boo
 
 def _step(config: Zamba2Config, batch: int, context: int, size: int, quantize: str | None) -> Work:
     """Every weight once per use, the states read and written, the filled slots of keys and values read."""
-    weights = config.num_parameters_applied_per_token()
-    weight_bytes = {None: size, "int8": 1, "int4": 0.5}[quantize]
-    window = (config.mamba_d_conv - 1) * (
-        config.mamba_intermediate_size + 2 * config.mamba_ngroups * config.mamba_d_state
+    weight_size = {None: size, "int8": 1, "int4": 0.5}[quantize]
+    return Work(
+        config.bytes_per_decode_step(batch, context, weight_itemsize=weight_size, cache_itemsize=size),
+        config.flops_per_decode_step(batch, context),
     )
-    state = 2 * (_ssm_state(config, batch) + batch * window * size) * config.num_hidden_layers
-    key_values = _key_value_bytes(config, batch * context, size)
-    attention = 4 * batch * context * config.num_hybrid_layers * config.attention_hidden_size
-    recurrence = 4 * batch * config.num_hidden_layers * config.mamba_intermediate_size * config.mamba_d_state
-    return Work(weights * weight_bytes + state + key_values, 2 * weights * batch + attention + recurrence)
 
 
 def _forward(config: Zamba2Config, batch: int, length: int, size: int, heads: int) -> Work:
-    """One pass over b rows of l tokens, scores for `heads` of them. Attention is causal: half of l x l."""
+    """One pass over b rows of l tokens, scores for `heads` of them; attention is causal, the recurrence counted as one
+    (chunks of 1). Activations between layers are left out: what must go through memory depends on what is fused."""
     tokens = batch * length
-    head = config.vocab_size * config.hidden_size
-    weights = config.num_parameters_applied_per_token() - head
-    attention = 4 * tokens * (length + 1) / 2 * config.num_hybrid_layers * config.attention_hidden_size
-    recurrence = 4 * tokens * config.num_hidden_layers * config.mamba_intermediate_size * config.mamba_d_state
-    # Activations between layers are left out: what must go through memory depends on what is fused.
+    head = 2 * config.vocab_size * config.hidden_size
     return Work(
-        (weights + head) * size + _key_value_bytes(config, tokens, size),
-        2 * weights * tokens + 2 * head * heads + attention + recurrence,
+        config.num_parameters_applied_per_token() * size + config.cache_bytes(batch, length, cache_itemsize=size),
+        config.flops_per_token(length, chunk_size=1) * tokens - head * (tokens - heads),
     )
 
 
 def _ssm_state(config: Zamba2Config, batch: int) -> int:
     """Bytes of one layer's state, float32."""
     return batch * config.mamba_intermediate_size * config.mamba_d_state * _FLOAT32
-
-
-def _key_value_bytes(config: Zamba2Config, tokens: int, size: int) -> int:
-    width = config.num_key_value_heads * config.attention_head_dim
-    return 2 * tokens * config.num_hybrid_layers * width * size

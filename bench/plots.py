@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 
 from bench import results
+from bench.sizes import SIZES
 
 matplotlib.use("Agg")
 
@@ -17,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 _COLORS = {"ours": "tab:blue", "peer": "tab:orange", "limit": "tab:gray"}
+_MARKERS = dict(zip(SIZES, "osD^v", strict=True))  # sides by colour, sizes by marker
 _LABELS = {"ours": "zamba2_jax", "peer": "PyTorch", "limit": "limit"}
 
 
@@ -45,7 +47,7 @@ def _context(run: dict[str, Any], path: Path) -> list[str]:
     def plot(axes: Axes) -> None:
         for size in _sizes(cases):
             of_size = [case for case in cases if case["size"] == size]
-            _lines(axes, of_size, f" {size}" if len(_sizes(cases)) > 1 else "")
+            _lines(axes, of_size, f" {size}" if len(_sizes(cases)) > 1 else "", marker=_MARKERS[size])
         axes.set(xlabel="tokens in the cache", ylabel="ms per step", title=f"Decoding, one row, {run['device']}")
 
     return [_figure(path, "context", plot)]
@@ -66,7 +68,7 @@ def _length(run: dict[str, Any], path: Path) -> list[str]:
                         case for case in cases if case["size"] == size and ("backward" in case["name"]) == backward
                     ]
                     note = (f" {size}" if len(_sizes(cases)) > 1 else "") + (", with gradient" if backward else "")
-                    _lines(axes, chosen, note, style)
+                    _lines(axes, chosen, note, style, _MARKERS[size])
             batch = cases[0]["batch"]
             axes.set(xlabel="length", ylabel="ms", title=f"{title} alone, {batch} rows, {run['device']}")
 
@@ -83,34 +85,38 @@ def _peer(run: dict[str, Any], path: Path) -> list[str]:
     labels = [case["name"] + (f", {case['size']}" if several else "") for case in cases]
 
     def plot(axes: Axes) -> None:
-        bars = axes.barh(labels, [case["ratio"] for case in cases], color=_COLORS["ours"])
-        axes.bar_label(bars, fmt="%.3g", padding=3)
+        ratios = [case["ratio"] for case in cases]
+        bars = axes.barh(labels, [ratio - 1.0 for ratio in ratios], left=1.0, color=_COLORS["ours"])
+        axes.bar_label(bars, [f"{ratio:.3g}" for ratio in ratios], padding=3)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="times faster than PyTorch", title=run["device"])
 
     return [_figure(path, "peer", plot, height=1.5 + 0.28 * len(cases))]
 
 
-def _lines(axes: Axes, cases: list[dict[str, Any]], note: str, style: str = "-") -> None:
+def _lines(axes: Axes, cases: list[dict[str, Any]], note: str, style: str = "-", marker: str = "o") -> None:
     """Time against length on two logarithmic axes, a line per side and one for the limit."""
     for side in ("ours", "peer"):
         points = [(case["length"], case[side]["seconds"] * 1e3) for case in cases if _good(case[side])]
         if points:
-            axes.plot(*zip(*points, strict=True), style, marker="o", color=_COLORS[side], label=_LABELS[side] + note)
+            axes.plot(*zip(*points, strict=True), style, marker=marker, color=_COLORS[side], label=_LABELS[side] + note)
     points = [(case["length"], case["limit"]["seconds"] * 1e3) for case in cases if case["limit"]]
     if points:
         axes.plot(*zip(*points, strict=True), style, color=_COLORS["limit"], label=_LABELS["limit"] + note)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _figure(path: Path, kind: str, plot: Callable[[Axes], None], height: float = 4.2) -> str:
-    figure, axes = plt.subplots(figsize=(7.0, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, height), layout="constrained")
     try:
         plot(axes)
         target = path.with_name(f"{path.stem}-{kind}.png")

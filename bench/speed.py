@@ -106,6 +106,10 @@ class Run:
         turn = 0
         with contextlib.ExitStack() as stack:
             peer = stack.enter_context(Worker("torch", self.environment("peer", {})))
+            # In a quick run the peaks of memory are no concern, and starting processes would take most of the time.
+            shared = None
+            if tuple(sizes) == ("tiny",):
+                shared = stack.enter_context(Worker("jax", self.environment("ours", {})))
             if "peer" in self.sides:
                 try:
                     self.record["peer"] = peer.ask({"do": "describe"}, _SETUP_SECONDS)
@@ -116,7 +120,7 @@ class Run:
                     self.sides = _SIDES[:1]
             for size in sizes:
                 for group in groups:
-                    self.group(cases_of(size, [group]), turn, peer)
+                    self.group(cases_of(size, [group]), turn, peer, shared)
                     turn += 1
         unable = "error" in (self.record["peer"] or {})
         self.write()
@@ -124,13 +128,14 @@ class Run:
             any((case[side] or {}).get("status") == "error" for side in _SIDES) for case in self.record["cases"]
         )
 
-    def group(self, cases: Sequence[Case], turn: int, peer: Worker) -> None:
-        """One group of one size, the two sides one after the other."""
+    def group(self, cases: Sequence[Case], turn: int, peer: Worker, shared: Worker | None = None) -> None:
+        """One group of one size, the two sides one after the other; ours in a process of its own, or in `shared`."""
         records = [self.start_record(case) for case in cases]
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = self.checkpoint(cases, Path(directory))
             for side in self.sides if turn % 2 == 0 else self.sides[::-1]:
-                with Worker("jax", self.environment("ours", {})) as ours:
+                with contextlib.ExitStack() as stack:
+                    ours = shared or stack.enter_context(Worker("jax", self.environment("ours", {})))
                     caches = Path(directory) / f"{side}-cache"
                     for case, record in zip(cases, records, strict=True):
                         with self.worker(case, side, ours, peer, caches) as worker:
@@ -145,15 +150,13 @@ class Run:
         if not case.alone:
             yield ours if side == "ours" else peer
             return
-        names = ("TRITON_CACHE_DIR",)
-        variables: dict[str, str | None] = {name: str(caches) for name in names}
-        if side == "ours":
-            # The first of two processes finds it empty and fills it for the second.
-            variables = {
-                "JAX_COMPILATION_CACHE_DIR": str(caches),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            }
+        # The first of two processes finds the caches empty and fills them for the second.
+        variables = {
+            "JAX_COMPILATION_CACHE_DIR": str(caches),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "TRITON_CACHE_DIR": str(caches),
+        }
         with Worker("jax" if side == "ours" else "torch", self.environment(side, variables)) as worker:
             yield worker
 

@@ -1,58 +1,171 @@
-"""Compiles the 1.2B shape for one v5e chip with libtpu's compiler; no TPU is needed, `pip install libtpu` is."""
+"""`python -m bench tpu`: compiles decode, prefill and training step of the published shapes for TPU chips.
+
+No TPU is needed, libtpu is (pip install libtpu), and one process at a time may use it. Each program is compiled in a
+process of its own (`bench.tpu_compile`), for one chip or, where one cannot hold it, for the smallest slice that can,
+parameters split over its chips by `zamba2_jax.sharding.RULES` ("fsdp"). The training step is loss and gradient,
+rematerialised, layers scanned, float32 parameters; no optimiser, whose state would come on top.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import results
+from bench.processes import ROOT
+from bench.sizes import PUBLISHED
+
+# Chip: what libtpu calls it, a topology of 16 chips, bytes of HBM per chip.
+CHIPS = {
+    "v5e": ("v5litepod-16", "v5e:4x4", 16e9),
+    "v5p": ("v5p-32", "v5p:2x2x4", 95e9),
+    "v6e": ("v6e-16", "v6e:4x4", 32e9),
+}
+PROGRAMS = {
+    "decode": "one step, one row, 4096 cache slots, bfloat16",
+    "decode-int8": "the same with int8 weights",
+    "prefill": "one row of 2048 tokens into a cache, bfloat16",
+    "train": "loss and gradient, 4096 tokens per chip, rematerialised",
+}
+SLICES = (1, 2, 4, 8, 16)
+ROW_FIELDS = {
+    "size",
+    "chip",
+    "program",
+    "chips",
+    "status",
+    "seconds",
+    "bytes",
+    "hbm_bytes",
+    "kernels",
+    "error",
+    "tried",
+}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench tpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=tuple(PUBLISHED), help="one shape; default: all")
+    parser.add_argument("--chip", choices=tuple(CHIPS), help="one kind of chip; default: all")
+    parser.add_argument("--program", choices=tuple(PROGRAMS), help="one program; default: all")
+    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for one compilation (%(default)s)")
+    parser.add_argument("--output", type=Path, help="result file, rows replaced in it; default: bench/results/tpu.json")
+    options = parser.parse_args(arguments)
     if importlib.util.find_spec("libtpu") is None:
-        sys.exit("the tpu case needs the TPU compiler: .venv/bin/python -m pip install libtpu")
-    os.environ |= {
+        sys.exit("the TPU compiler is not there: .venv/bin/python -m pip install libtpu")
+
+    path = options.output or results.DIRECTORY / "tpu.json"
+    run = open_run(path)
+    print("\n".join(f"{name}: {text}" for name, text in PROGRAMS.items()), flush=True)
+    print(line(None), flush=True)
+    failed = 0
+    for size in [options.size] if options.size else PUBLISHED:
+        for chip in [options.chip] if options.chip else CHIPS:
+            for program in [options.program] if options.program else PROGRAMS:
+                row = compile_row(size, chip, program, options.timeout)
+                failed += row["status"] != "ok"
+                print(line(row), flush=True)
+                replace_row(run, row)
+                results.write(path, run)
+    print(f"{path} written")
+    return 1 if failed else 0
+
+
+def compile_row(size: str, chip: str, program: str, timeout: float) -> dict[str, Any]:
+    """Compiles one program for ever larger slices until one holds it.
+
+    Returns:
+        `ROW_FIELDS`: "status" is "ok", "does not fit" (in the largest slice) or "error"; "chips", "seconds" and "bytes"
+        (per chip) are those of the last slice tried, "tried" all of them.
+    """
+    hbm = CHIPS[chip][2]
+    row: dict[str, Any] = {"size": size, "chip": chip, "program": program, "hbm_bytes": hbm, "tried": []}
+    for chips in SLICES:
+        outcome = _compile(size, chip, program, chips, timeout)
+        if outcome["status"] == "ok" and outcome["bytes"] > hbm:
+            outcome["status"] = "does not fit"
+        row["tried"].append({name: outcome[name] for name in ("chips", "status", "bytes", "seconds")})
+        row |= outcome
+        if outcome["status"] != "does not fit":
+            break
+    return row
+
+
+def _compile(size: str, chip: str, program: str, chips: int, timeout: float) -> dict[str, Any]:
+    accelerator, topology, hbm = CHIPS[chip]
+    environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_ACCELERATOR_TYPE": accelerator,
     }
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices[:1]), ("data",))
-
-    def on_chip(tree: object) -> object:
-        sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-    model = nnx.eval_shape(lambda: Zamba2ForCausalLM(Zamba2Config.zamba2_1_2b(), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
-    cache = on_chip(jax.eval_shape(lambda: model.init_cache(1, 1024)))
-
-    def step(state, ids, cache):
-        outputs = nnx.merge(graphdef, state)(ids, past_key_values=cache, logits_to_keep=1)
-        return outputs.logits, outputs.past_key_values
-
-    def loss(state, ids, cache):
-        return nnx.merge(graphdef, state)(ids, labels=ids).loss
-
-    for name, function, length in (("decode step", step, 1), ("prefill call", step, 512), ("loss", loss, 512)):
-        ids = on_chip(jax.ShapeDtypeStruct((1, length), jnp.int32))
-        start = time.perf_counter()
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(function).lower(on_chip(state), ids, cache).compile()
-        memory = compiled.memory_analysis()
-        print(
-            f"{name:12s} {length:4d} tokens: compiled in {time.perf_counter() - start:5.1f} s, arguments "
-            f"{memory.argument_size_in_bytes / 1e9:.2f} GB, temporary {memory.temp_size_in_bytes / 1e9:.2f} GB of a "
-            f"chip's 16 GB, splash attention: {'splash' in compiled.as_text()}",
-            flush=True,
+    command = [sys.executable, "-m", "bench.tpu_compile", size, topology, program, str(chips), str(hbm)]
+    outcome = {"chips": chips, "status": "error", "seconds": None, "bytes": None, "kernels": {}, "error": None}
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace"
         )
+    except subprocess.TimeoutExpired:
+        return outcome | {"seconds": time.monotonic() - start, "error": f"not compiled after {timeout:.0f} s"}
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return outcome | {"error": f"code {done.returncode}: {' '.join(done.stderr[-600:].split())}"}
+    return outcome | json.loads(lines[-1])
+
+
+def open_run(path: Path) -> dict[str, Any]:
+    """The record to add rows to: the file's, or a new one.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    import jax
+
+    versions = {"jax": jax.__version__, "libtpu": _libtpu_version()}
+    rows = []
+    if path.exists():
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run.get("kind") != "tpu" or run.get("schema") != results.SCHEMA:
+            raise ValueError(f"{path} is no result of `bench tpu`; give another --output.")
+        rows = run["rows"]
+    device = {"platform": "tpu", "device": "none: compiled only", "memory_bytes": None, "versions": versions}
+    return results.environment(device) | {"kind": "tpu", "rows": rows}
+
+
+def replace_row(run: dict[str, Any], row: dict[str, Any]) -> None:
+    """Puts a row where one of the same size, chip and program stood, or at the end."""
+    key = ("size", "chip", "program")
+    row = row | {"commit": run["commit"]}
+    run["rows"] = [old for old in run["rows"] if any(old[name] != row[name] for name in key)] + [row]
+
+
+def line(row: dict[str, Any] | None) -> str:
+    """A row of the printed table; None for its head."""
+    if row is None:
+        head = f"{'size':5s} {'chip':4s} {'program':12s} {'chips':>5s} {'compiled':>9s} {'per chip':>9s} {'of HBM':>7s}"
+        return head + "  kernels"
+    seconds = "–" if row["seconds"] is None else f"{row['seconds']:.1f} s"  # noqa: RUF001
+    memory = "–" if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f} GB"  # noqa: RUF001
+    kernels = ", ".join(f"{count} {name}" for name, count in row["kernels"].items()) or "none"
+    end = kernels if row["status"] == "ok" else f"{row['status']}: {row['error'] or ''}"[:300]
+    return (
+        f"{row['size']:5s} {row['chip']:4s} {row['program']:12s} {row['chips']:5d} {seconds:>9s} {memory:>9s} "
+        f"{row['hbm_bytes'] / 1e9:4.0f} GB  {end}"
+    )
+
+
+def _libtpu_version() -> str:
+    from importlib import metadata
+
+    return metadata.version("libtpu")
