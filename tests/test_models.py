@@ -4,6 +4,8 @@ Tolerances: 1e-4 of the largest value, the figure the README promises; what is m
     parity` prints it).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ from bench.oracle import (
     tokens,
     without_dt_clamp,
 )
+from zamba2_jax.layers import shared_block
+from zamba2_jax.ops.attention import prefill_attention
 
 TOLERANCE = 1e-4
 # One token; a chunk plus one; several chunks and a rest.
@@ -184,6 +188,25 @@ def test_pieces_equal_one_pass(models, pieces):
 )  # transformers' cache needs an attention layer
 def test_the_cache_equals_pytorchs(oracle_dir, shape):
     assert cache_error(pair(oracle_dir, shape), 19) < TOLERANCE
+
+
+def test_a_prompts_beginning_may_be_read_apart(oracle_dir, monkeypatch):
+    """As on a GPU: a program for any cache that attends to the call's own tokens alone where the cache was empty."""
+    model = pair(oracle_dir, "1.2B").jax
+    ids, mask = padded(tokens(131, 2, 12), [12, 7], "left")
+
+    def two_pieces():
+        call = jit_call(model)
+        first = call(input_ids=ids, attention_mask=mask, past_key_values=model.init_cache(2, 20))
+        return first, call(input_ids=ids[:, :3], past_key_values=first.past_key_values)
+
+    plain = two_pieces()
+    apart = functools.partial(prefill_attention, beginning_apart=True)
+    monkeypatch.setattr(shared_block, "prefill_attention", apart)
+    first, second = two_pieces()
+    real = mask.astype(bool)
+    assert relative_error(np.asarray(first.logits)[real], np.asarray(plain[0].logits)[real]) < 1e-5
+    assert relative_error(second.logits, plain[1].logits) < 1e-5
 
 
 def test_a_cache_keeps_its_own_dtypes(oracle_dir):

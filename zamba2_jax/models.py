@@ -377,16 +377,15 @@ class Zamba2Model(PretrainedModel):
         angles = None
         if self.config.use_mem_rope:
             angles = rotation(layout.positions, self.config.attention_head_dim, self.config.rotary_base)
-        segment_ids = mask = None
-        if slot_mask is None:  # nothing before this call: the tokens see each other only
-            segment_ids = layout.attention_segments()
-        else:
+        mask = None
+        if slot_mask is not None:  # else nothing is before this call, and the tokens see each other only
             slots = jnp.arange(past.max_length)[None, None]
             columns = jnp.arange(layout.positions.shape[1])[None, :, None]
             mask = slot_mask[:, None] & (slots <= past.length + columns)
         return AttentionContext(
             rotation=angles,
-            segment_ids=segment_ids,
+            segment_ids=layout.segment_ids,
+            token_mask=layout.token_mask,
             mask=mask,
             first_slot=None if past is None else past.length,
             dropout_key=None,

@@ -75,18 +75,6 @@ class TokenLayout:
             next_position = first + end - start
         return cls(token_mask, run_start, run_end, time_mask, segment_ids, positions, next_position[:, 0])
 
-    def attention_segments(self) -> Int[Array, "b l"] | None:
-        """Ids such that, of the earlier tokens, one sees those with its own id; None where it sees them all.
-
-        Masked tokens form a segment of their own: nobody else sees them, and what they compute stays finite and unread.
-        """
-        if self.token_mask is None:
-            return self.segment_ids
-        if self.segment_ids is None:
-            return self.token_mask.astype(jnp.int32)
-        # Apart from every id in use, whichever those are.
-        return jnp.where(self.token_mask, self.segment_ids, jnp.min(self.segment_ids) - 1)
-
 
 def _segment_starts(segment_ids: Int[Array, "b l"]) -> Int32[Array, "b l"]:
     """For each column, the first column of its segment."""

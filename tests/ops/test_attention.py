@@ -1,5 +1,6 @@
 """Attention: the implementations that a CPU can run against PyTorch's, and the choice between all of them."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 
 from zamba2_jax.ops import attention as module
 from zamba2_jax.ops import blocked_attention
-from zamba2_jax.ops.attention import attention, attention_with_weights
+from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
 from zamba2_jax.ops.blocked_attention import BLOCK
+from zamba2_jax.ops.cudnn_attention import cudnn_attention
 
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, HEAD_DIM = 2, 7, 11, 6, 3, 5
 # Weighted means of at most 11 float32 values of size 1 to 3, the weights from sums of 5 products.
@@ -39,6 +41,10 @@ def some_mask(queries=QUERIES, keys=KEYS):
     mask = np.random.default_rng(1).random((BATCH, queries, keys)) < 0.5
     mask[..., 0] = True
     return mask
+
+
+# Left padding and a hole; right padding.
+SOME_TOKENS = np.array([[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0]], bool)
 
 
 def torch_attention(query, key, value, *, mask=None, is_causal=False, scale=None):
@@ -107,6 +113,105 @@ class TestValues:
         wanted = torch_attention(*doubles(*(np.float32(array) for array in arrays))).numpy()
         error = np.linalg.norm(np.float64(out) - wanted) / np.linalg.norm(wanted)
         assert error < 2 * 2.0**-9
+
+    def test_padding_is_hidden(self, implementation):
+        """Real tokens, wherever they stand, see each other alone; with segments, those of their own."""
+        arrays, real, ids = inputs(keys=QUERIES), SOME_TOKENS, np.array([[3, 3, 3, 3, -1, -1, -1]] * 2)
+        visible = np.tri(QUERIES, dtype=bool) & real[:, None, :] | np.eye(QUERIES, dtype=bool)
+        out = attention(*arrays, is_causal=True, token_mask=real, implementation=implementation)
+        weighted = attention_with_weights(*arrays, is_causal=True, token_mask=real)[0]
+        wanted = torch_attention(*doubles(*arrays), mask=visible)
+        np.testing.assert_allclose(out[real], wanted[real], atol=TOLERANCE)
+        np.testing.assert_allclose(weighted[real], wanted[real], atol=TOLERANCE)
+        assert np.isfinite(out).all()
+
+        segments = {"segment_ids": (ids, ids), "implementation": implementation}
+        out = attention(*arrays, is_causal=True, token_mask=real, **segments)
+        wanted = torch_attention(*doubles(*arrays), mask=visible & (ids[:, :, None] == ids[:, None]))
+        np.testing.assert_allclose(out[real], wanted[real], atol=TOLERANCE)
+
+    @pytest.mark.parametrize("start", [0, 4])
+    @pytest.mark.parametrize("apart", [False, True])
+    def test_tokens_that_a_cache_holds_already(self, start, apart):
+        query, cached_key, cached_value = inputs()
+        key, value = (array[:, start : start + QUERIES] for array in (cached_key, cached_value))
+        slots = np.arange(KEYS) <= start + np.arange(QUERIES)[:, None]
+        real = np.concatenate([np.ones((BATCH, start), bool), SOME_TOKENS, np.ones((BATCH, KEYS), bool)], 1)[:, :KEYS]
+        mask = slots & real[:, None] | np.eye(QUERIES, KEYS, start, dtype=bool)
+
+        @jax.jit
+        def run(start):
+            return prefill_attention(
+                query,
+                key,
+                value,
+                cached_key,
+                cached_value,
+                start,
+                mask=jnp.asarray(mask),
+                token_mask=jnp.asarray(SOME_TOKENS),
+                beginning_apart=apart,
+            )
+
+        out = np.asarray(run(start))
+        wanted = torch_attention(*doubles(query, cached_key, cached_value), mask=mask).numpy()
+        np.testing.assert_allclose(out[SOME_TOKENS], wanted[SOME_TOKENS], atol=TOLERANCE)
+        assert ("stablehlo.case" in run.lower(start).as_text()) == apart
+
+
+class TestCudnn:
+    """What is done around cuDNN's kernel, with XLA's in its place."""
+
+    @pytest.fixture(autouse=True)
+    def kernel(self, monkeypatch):
+        """The shapes that the kernel was given."""
+        given = []
+        plain = jax.nn.dot_product_attention
+
+        def stand_in(query, key, value, *, mask, scale, is_causal, implementation):
+            if implementation == "cudnn":
+                given.append((query.shape[1], key.shape[1], None if mask is None else mask.shape))
+            return plain(query, key, value, mask=mask, scale=scale, is_causal=is_causal, implementation="xla")
+
+        monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+        return given
+
+    def both(self, arrays, real, **options):
+        """Values and gradients at the queries in `real`, through cuDNN's form and through the reference."""
+        weight = np.random.default_rng(3).standard_normal(arrays[0].shape).astype(np.float32)
+        weight = np.where(real[..., None, None], weight, 0)
+
+        def run(form):
+            def loss(arrays):
+                out = form(*arrays)
+                return jnp.sum(weight * out), jnp.where(real[..., None, None], out, 0)
+
+            gradients, out = jax.grad(loss, has_aux=True)(tuple(map(jnp.asarray, arrays)))
+            return out, *gradients
+
+        mask = options.get("mask")
+        own = {"scale": 0.4, "is_causal": False, "token_mask": None} | options
+        own["mask"] = None if mask is None else mask[:, None]
+        reference = functools.partial(attention, **options, scale=0.4, implementation="reference")
+        return run(functools.partial(cudnn_attention, **own)), run(reference)
+
+    @pytest.mark.parametrize("length", [7, 8])
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_causal(self, kernel, length, padded):
+        arrays = inputs(length, length)
+        real = np.random.default_rng(4).random((BATCH, length)) < (0.6 if padded else 2)
+        options = {"token_mask": jnp.asarray(real)} if padded else {}
+        for ours, wanted in zip(*self.both(arrays, real, is_causal=True, **options), strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=4 * TOLERANCE)
+        assert kernel == [(8, 8, None)]
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_odd_keys(self, kernel, masked):
+        arrays, real = inputs(), np.ones((BATCH, QUERIES), bool)
+        options = {"mask": jnp.asarray(some_mask())} if masked else {}
+        for ours, wanted in zip(*self.both(arrays, real, **options), strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=4 * TOLERANCE)
+        assert kernel == [(8, 12, (BATCH, 1, 8, 12))]
 
 
 class TestGradients:
@@ -189,7 +294,7 @@ def chosen(monkeypatch, platform, arguments, **options):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
     # The undecorated function: a jitted one would remember the choice made for another platform.
-    names = [name for name in ("mask",) if name in options]
+    names = [name for name in ("mask", "token_mask", "segment_ids") if name in options]
     arrays = [options.pop(name) for name in names]
     jax.eval_shape(
         lambda q, k, v, *rest: attention.__wrapped__(q, k, v, **dict(zip(names, rest, strict=True)), **options),
@@ -203,6 +308,8 @@ def chosen(monkeypatch, platform, arguments, **options):
 class TestChoice:
     MASK = jax.ShapeDtypeStruct((2, 256, 256), jnp.bool_)
     ODD_MASK = jax.ShapeDtypeStruct((2, 255, 255), jnp.bool_)
+    TOKENS = jax.ShapeDtypeStruct((2, 256), jnp.bool_)
+    IDS = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
     @pytest.mark.parametrize(
         ("platform", "arguments", "options", "wanted"),
@@ -212,8 +319,11 @@ class TestChoice:
             ("gpu", {"head_dim": 224}, {"mask": MASK}, "cudnn"),
             ("gpu", {"dtype": jnp.float32}, {"is_causal": True}, "xla"),
             ("gpu", {"head_dim": 20}, {"is_causal": True}, "xla"),
-            ("gpu", {"length": 255}, {"is_causal": True}, "xla"),
-            ("gpu", {"length": 255}, {"mask": ODD_MASK}, "xla"),
+            ("gpu", {"length": 255}, {"is_causal": True}, "cudnn"),
+            ("gpu", {"length": 255}, {"mask": ODD_MASK}, "cudnn"),
+            ("gpu", {}, {"is_causal": True, "token_mask": TOKENS}, "cudnn"),
+            ("gpu", {}, {"is_causal": True, "segment_ids": (IDS, IDS)}, "xla"),
+            ("gpu", {}, {"is_causal": True, "segment_ids": (IDS, IDS), "token_mask": TOKENS}, "xla"),
             ("tpu", {}, {"is_causal": True}, "splash"),
             ("tpu", {"dtype": jnp.float32, "head_dim": 160}, {"is_causal": True}, "splash"),
             ("tpu", {"length": 200}, {"is_causal": True}, "xla"),
@@ -230,7 +340,7 @@ class TestChoice:
             ("cpu", "cudnn", {}, {}, "'cudnn' cannot serve: it needs a GPU, and this runs on cpu"),
             ("gpu", "cudnn", {"dtype": jnp.float32}, {}, "query has dtype float32; it takes bfloat16 and float16"),
             ("gpu", "cudnn", {"head_dim": 264}, {}, "head_dim is 264; it takes multiples of 8 up to 256"),
-            ("gpu", "cudnn", {"length": 255}, {"mask": ODD_MASK}, "255 queries and 255 keys; its gradient takes even"),
+            ("gpu", "cudnn", {}, {"is_causal": True, "segment_ids": (IDS, IDS)}, "segment_ids were given, which would"),
             ("gpu", "splash", {}, {"is_causal": True}, "'splash' cannot serve: it needs a TPU, and this runs on gpu"),
             ("tpu", "splash", {}, {}, "is_causal is False; it is set up for causal attention only"),
             ("tpu", "splash", {}, {"is_causal": True, "mask": MASK}, "mask was given; it takes is_causal and segment"),
@@ -258,6 +368,7 @@ class TestErrors:
             ({"mask": np.ones((2, 7, 11), np.int32)}, "mask has dtype int32; it must be bool, True where"),
             ({"segment_ids": np.zeros((2, 7), np.int32)}, "segment_ids must be a tuple of two arrays"),
             ({"segment_ids": (np.zeros((2, 7), int), np.zeros((2, 7), int))}, r"segment_ids\[1\] has shape \(2, 7\)"),
+            ({"token_mask": np.ones((2, 7), bool)}, "token_mask was given and is_causal is False; say with mask"),
         ],
     )
     def test_messages(self, changes, message):

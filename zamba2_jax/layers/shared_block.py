@@ -22,7 +22,7 @@ from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.norms import RMSNorm
 from zamba2_jax.layers.projection import projection
 from zamba2_jax.layers.rope import rotate
-from zamba2_jax.ops.attention import attention, attention_with_weights
+from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +32,8 @@ class AttentionContext:
 
     Attributes:
         rotation: cosines and sines (b, l, head_dim/2), or None without RoPE.
-        segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment; padding is a
-            segment of its own.
+        segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment.
+        token_mask: (b, l) or None: which of the call's tokens are real; a token sees, of these, the earlier real ones.
         mask: (b, l, slots) or None: with a cache that holds tokens already, the slots that each token sees.
         first_slot: () int32 or None: with a cache, the slot of the call's first column.
         dropout_key: key for attention dropout, or None for none.
@@ -42,6 +42,7 @@ class AttentionContext:
 
     rotation: tuple[Float[Array, "b l half"], Float[Array, "b l half"]] | None
     segment_ids: Int[Array, "b l"] | None
+    token_mask: Bool[Array, "b l"] | None
     mask: Bool[Array, "b l slots"] | None
     first_slot: Int[Array, ""] | None
     dropout_key: jax.Array | None
@@ -72,7 +73,7 @@ class SharedAttention(nnx.Module):
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
-        visible = {"is_causal": True}
+        visible = {"is_causal": True, "token_mask": context.token_mask}
         if context.segment_ids is not None:
             visible["segment_ids"] = (context.segment_ids, context.segment_ids)
         if past is not None:
@@ -81,9 +82,10 @@ class SharedAttention(nnx.Module):
                 jax.lax.dynamic_update_slice(past.key, key.astype(past.key.dtype), start),
                 jax.lax.dynamic_update_slice(past.value, value.astype(past.value.dtype), start),
             )
-            if context.mask is not None:
-                key, value = past.key.astype(query.dtype), past.value.astype(query.dtype)
-                visible = {"mask": context.mask}
+        own = key, value
+        if context.mask is not None:
+            key, value = past.key.astype(query.dtype), past.value.astype(query.dtype)
+            visible = {"mask": context.mask}
 
         scale = (self.config.attention_head_dim / 2) ** -0.5
         dropout_rate = self.dropout_rate if context.dropout_key is not None else 0.0
@@ -91,6 +93,9 @@ class SharedAttention(nnx.Module):
             mixed, weights = attention_with_weights(
                 query, key, value, scale=scale, dropout_rate=dropout_rate, dropout_key=context.dropout_key, **visible
             )
+        elif context.mask is not None:
+            cached, first, weights = (key, value), context.first_slot, None
+            mixed = prefill_attention(query, *own, *cached, first, token_mask=context.token_mask, scale=scale, **visible)
         else:
             mixed, weights = attention(query, key, value, scale=scale, **visible), None
         mixed = projection(self.o_proj(mixed.reshape(*mixed.shape[:2], -1)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
 from zamba2_jax.ops._platform import platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
+from zamba2_jax.ops.cudnn_attention import cudnn_attention
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
@@ -31,6 +32,7 @@ def attention(
     mask: jax.Array | None = None,
     is_causal: bool = False,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    token_mask: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """softmax(scale query keyᵀ) value, the softmax in float32 over the keys that a query may see.
@@ -45,10 +47,13 @@ def attention(
         preallocated cache.
       is_causal: query i may see keys 0...i; needs l = s.
       segment_ids: None, or a pair of integer arrays (b, l) and (b, s): a query may see the keys of its own segment.
-        The three conditions are joined by "and". A query that may see nothing gets an unspecified but finite result.
+      token_mask: (b, l) bool or None, False at padding, with is_causal: real queries do not see its keys, and its own
+        results are unspecified but finite.
+        The four conditions are joined by "and". A query that may see nothing gets an unspecified but finite result.
       implementation: "reference", einsum and softmax; "xla", blocks of queries where there are many (scores of all
         of them are never in memory), else jax.nn.dot_product_attention; "cudnn", the latter's kernel; "splash", the TPU
         kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can serve, and else xla.
+        With is_causal and without a mask, only "reference" makes an array of a number for every pair of tokens.
 
     Returns:
       (b, l, heads, head_dim) in query's dtype.
@@ -58,7 +63,7 @@ def attention(
         saying why.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    mask = _check(query, key, value, mask, is_causal, segment_ids)
+    mask = _check(query, key, value, mask, is_causal, segment_ids, token_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     obstacles = {"cudnn": _cudnn_obstacle, "splash": _splash_obstacle}
@@ -72,6 +77,10 @@ def attention(
         if obstacle is not None:
             raise ValueError(f"implementation {implementation!r} cannot serve: {obstacle}")
 
+    if implementation == "cudnn" and mask is None:
+        return cudnn_attention(query, key, value, scale=scale, mask=None, is_causal=is_causal, token_mask=token_mask)
+    if token_mask is not None:
+        segment_ids = _apart(segment_ids, token_mask)
     match implementation:
         case "reference":
             return _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))[0]
@@ -81,12 +90,60 @@ def attention(
             return causal_attention(query, key, value, scale=scale, segment_ids=segment_ids, masked_score=MASKED_SCORE)
         case "xla" if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):
             return masked_attention(query, key, value, mask, scale=scale, masked_score=MASKED_SCORE)
+        case "cudnn":  # with a mask, to which padding is joined
+            mask = _join(mask, False, segment_ids, query, key)
+            return cudnn_attention(query, key, value, scale=scale, mask=mask, is_causal=is_causal, token_mask=None)
         case _:
-            # Causality is handed over as such, not as a mask: cuDNN then skips the upper half.
             mask = _join(mask, False, segment_ids, query, key)
             return jax.nn.dot_product_attention(
-                query, key, value, mask=mask, scale=scale, is_causal=is_causal, implementation=implementation
+                query, key, value, mask=mask, scale=scale, is_causal=is_causal, implementation="xla"
             )
+
+
+def prefill_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cached_key: jax.Array,
+    cached_value: jax.Array,
+    start: jax.Array,
+    *,
+    mask: jax.Array,
+    token_mask: jax.Array | None = None,
+    scale: float | None = None,
+    beginning_apart: bool | None = None,
+) -> jax.Array:
+    """`attention` of the tokens that a call appends to a cache, to the cache they are in already.
+
+    A cache that was empty holds nothing but these tokens, so that attention to them alone, causal and without a mask
+    of every slot, is the same.
+
+    Args:
+      query, key, value: (b, l, heads, head_dim) and (b, l, kv_heads, head_dim), of the call's own tokens.
+      cached_key, cached_value: (b, slots, kv_heads, head_dim), those keys and values among them, in query's dtype.
+      start: () integer, the slot of the first of them: 0 for an empty cache.
+      mask: (b, l, slots) bool, the slots that each token may see.
+      token_mask: (b, l) bool or None, the call's real tokens; says no more than mask where start is 0.
+      scale: as in `attention`.
+      beginning_apart: whether the program holds both forms, and chooses when it runs. None: on a GPU, where causal
+        attention without a mask is a kernel that skips half the work.
+
+    Returns:
+      (b, l, heads, head_dim) in query's dtype.
+
+    Raises:
+      ValueError: as in `attention`.
+    """
+    if beginning_apart is None:
+        beginning_apart = platform() == "gpu"
+
+    def to_cache():
+        return attention(query, cached_key, cached_value, mask=mask, scale=scale)
+
+    def to_themselves():
+        return attention(query, key, value, is_causal=True, token_mask=token_mask, scale=scale)
+
+    return jax.lax.cond(start == 0, to_themselves, to_cache) if beginning_apart else to_cache()
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "is_causal", "dropout_rate"))
@@ -99,6 +156,7 @@ def attention_with_weights(
     mask: jax.Array | None = None,
     is_causal: bool = False,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    token_mask: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -116,17 +174,19 @@ def attention_with_weights(
     Raises:
       ValueError: as in `attention`; a dropout rate outside [0, 1), or one without a key.
     """
-    mask = _check(query, key, value, mask, is_causal, segment_ids)
+    mask = _check(query, key, value, mask, is_causal, segment_ids, token_mask)
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"dropout_rate is {dropout_rate}; it must be at least 0 and less than 1")
     if dropout_rate > 0.0 and dropout_key is None:
         raise ValueError(f"dropout_key is None and dropout_rate is {dropout_rate}; dropout needs a jax.random key")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if token_mask is not None:
+        segment_ids = _apart(segment_ids, token_mask)
     mask = _join(mask, is_causal, segment_ids, query, key)
     return _reference(query, key, value, scale, mask, dropout_rate, dropout_key)
 
 
-def _check(query, key, value, mask, is_causal, segment_ids) -> jax.Array | None:
+def _check(query, key, value, mask, is_causal, segment_ids, token_mask) -> jax.Array | None:
     """Checks all arguments; returns the mask as (b, 1, l, s)."""
     check_rank("query", query, 4, "(b, l, heads, head_dim)")
     check_rank("key", key, 4, "(b, s, kv_heads, head_dim)")
@@ -154,6 +214,11 @@ def _check(query, key, value, mask, is_causal, segment_ids) -> jax.Array | None:
         check_shape("segment_ids[1]", segment_ids[1], (batch, keys), "(b, s)")
         check_integer("segment_ids[0]", segment_ids[0])
         check_integer("segment_ids[1]", segment_ids[1])
+    if token_mask is not None:
+        if not is_causal:
+            raise ValueError("token_mask was given and is_causal is False; say with mask which keys a query may see")
+        check_shape("token_mask", token_mask, (batch, queries), "(b, l)")
+        check_boolean("token_mask", token_mask)
     if mask is not None:
         if mask.shape not in ((batch, 1, queries, keys), (batch, queries, keys)):
             raise ValueError(
@@ -175,6 +240,16 @@ def _join(mask, is_causal, segment_ids, query, key) -> jax.Array | None:
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
+def _apart(segment_ids, token_mask) -> tuple[jax.Array, jax.Array]:
+    """Segments in which padding is one of its own."""
+    if segment_ids is None:
+        ids = token_mask.astype(jnp.int32)
+        return ids, ids
+    # Apart from every id in use, whichever those are.
+    padding = jnp.minimum(*map(jnp.min, segment_ids)) - 1
+    return tuple(jnp.where(token_mask, ids, padding) for ids in segment_ids)
+
+
 def _reference(query, key, value, scale, mask, dropout_rate=0.0, dropout_key=None) -> tuple[jax.Array, jax.Array]:
     batch, queries, heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -192,7 +267,7 @@ def _reference(query, key, value, scale, mask, dropout_rate=0.0, dropout_key=Non
 
 def _cudnn_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
     """Why cuDNN's flash attention cannot serve, or None where it can."""
-    queries, head_dim = query.shape[1], query.shape[3]
+    head_dim = query.shape[3]
     if platform() != "gpu":
         return f"it needs a GPU, and this runs on {platform()}"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -201,8 +276,8 @@ def _cudnn_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
         return f"head_dim is {head_dim}; it takes multiples of 8 up to 256"
     if head_dim > 128 and not _is_hopper_or_newer():
         return f"head_dim is {head_dim}; it takes more than 128 on compute capability 9.0 and newer only"
-    if queries % 2 or key.shape[1] % 2:
-        return f"there are {queries} queries and {key.shape[1]} keys; its gradient takes even numbers"
+    if segment_ids is not None:
+        return "segment_ids were given, which would become a mask with a number for every pair of tokens"
     return None
 
 
