@@ -109,7 +109,7 @@ QUICK = Scale(
     contexts=(64, 128),
     growth=(("prefill", 1, 128),),
     first_token=16,
-    new_tokens=(64, 64),
+    new_tokens=(64, 16),
     copy_bytes=1 << 24,
     matmul_size=256,
 )
