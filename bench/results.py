@@ -64,6 +64,20 @@ MEASURED_FIELDS = {
     "peak_bytes",
     "peak_is_bound",
 }
+TPU_FIELDS = {
+    "size",
+    "chip",
+    "program",
+    "chips",  # of the slice; what follows is of the last of those tried
+    "status",  # "ok", "does not fit" or "error"
+    "seconds",
+    "bytes",  # per chip
+    "hbm_bytes",
+    "kernels",  # names and counts
+    "error",
+    "tried",
+    "commit",
+}
 
 
 def environment(device: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +131,8 @@ def check(run: dict[str, Any], name: str) -> None:
     if run.get("schema") != SCHEMA:
         raise ValueError(f"{name} has schema {run.get('schema')!r}; this program reads {SCHEMA}.")
     if run.get("kind") == "tpu":
+        for row in run["rows"]:
+            _check_fields(f"{name}, a row", row, TPU_FIELDS)
         return
     _check_fields(name, run, RUN_FIELDS)
     for case in run["cases"]:

@@ -81,7 +81,7 @@ FULL = Scale(
     contexts=tuple(1024 << step for step in range(8)),
     growth=(("decode", 16, 2048), ("prefill", 1, 16384), ("train", 2, 4096)),
     first_token=128,
-    new_tokens=(128, 24),
+    new_tokens=(128, 16),
     copy_bytes=1 << 30,
     matmul_size=8192,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 import tempfile
 import time
@@ -34,11 +35,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", help="1.2b, 2.7b, 7b, or several with commas; on a CPU: small. Default: 1.2b, small")
-    parser.add_argument("--cases", help="groups of cases, with commas, run in this order. Default: all but int8, int4")
+    parser.add_argument("--cases", help="groups of cases, with commas, run in this order. Default: all")
+    parser.add_argument("--match", default="", help="regular expression: only cases of those groups whose name has it")
     parser.add_argument("--peer", action="store_true", help="run PyTorch's Zamba2 too, and print ratios")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case on one side (%(default)s)")
-    parser.add_argument("--deadline", type=float, help="seconds after which no further case is started")
+    parser.add_argument(
+        "--deadline", type=float, help="seconds after which no case is started and a running one is ended"
+    )
     parser.add_argument("--output", type=Path, help="result file; default: bench/results/<device>-<date>.json")
     parser.add_argument("--commit", help="what to record as the commit, where the checkout has no git")
     parser.add_argument("--no-plots", action="store_true")
@@ -47,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    groups = options.cases.split(",") if options.cases else [name for name in GROUPS if name not in ("int8", "int4")]
+    start = time.monotonic()
+    groups = options.cases.split(",") if options.cases else list(GROUPS)
     sizes = options.size.split(",") if options.size else []
     for size in sizes:
         if size not in SIZES:
@@ -56,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--quick has a model of its own; leave --size out")
     try:
         cases_of("tiny", groups)
-    except ValueError as error:
+        match = re.compile(options.match)
+    except (ValueError, re.error) as error:
         parser().error(str(error))
 
     with Worker("jax", _environment("ours", {})) as worker:
@@ -84,7 +90,8 @@ def main(arguments: Sequence[str]) -> int:
         run["commit"] = options.commit
     path = options.output or results.default_path(run)
     print(table.heading(run), flush=True)
-    failed = Run(run, path, options.timeout, options.deadline, options.peer).all(sizes, groups)
+    plan = [[case for case in cases_of(size, [group]) if match.search(case.name)] for size in sizes for group in groups]
+    failed = Run(run, path, options.timeout, options.deadline, options.peer, start).all(plan)
     print("\n" + table.text(run))
     if not options.no_plots:
         _plot(run, path)
@@ -95,20 +102,20 @@ def main(arguments: Sequence[str]) -> int:
 class Run:
     """One run over all groups; `record` is what is written, after every case."""
 
-    def __init__(self, record: dict[str, Any], path: Path, timeout: float, deadline: float | None, peer: bool):
-        self.record, self.path, self.timeout = record, path, timeout
-        self.start = time.monotonic()
-        self.deadline = float("inf") if deadline is None else self.start + deadline
+    def __init__(
+        self, record: dict[str, Any], path: Path, timeout: float, deadline: float | None, peer: bool, start: float
+    ):
+        self.record, self.path, self.timeout, self.start = record, path, timeout, start
+        self.deadline = float("inf") if deadline is None else start + deadline
         self.sides = _SIDES if peer else _SIDES[:1]
 
-    def all(self, sizes: Sequence[str], groups: Sequence[str]) -> int:
-        """Runs the groups for every size; returns how many cases failed on a side."""
-        turn = 0
+    def all(self, plan: Sequence[Sequence[Case]]) -> int:
+        """Runs groups of cases; returns how many cases failed on a side."""
         with contextlib.ExitStack() as stack:
             peer = stack.enter_context(Worker("torch", self.environment("peer", {})))
             # In a quick run the peaks of memory are no concern, and starting processes would take most of the time.
             shared = None
-            if tuple(sizes) == ("tiny",):
+            if all(case.size == "tiny" for group in plan for case in group):
                 shared = stack.enter_context(Worker("jax", self.environment("ours", {})))
             if "peer" in self.sides:
                 try:
@@ -118,10 +125,8 @@ class Run:
                     self.record["peer"] = {"error": str(failure)}
                     print(f"the peer does not start: {failure}", flush=True)
                     self.sides = _SIDES[:1]
-            for size in sizes:
-                for group in groups:
-                    self.group(cases_of(size, [group]), turn, peer, shared)
-                    turn += 1
+            for turn, cases in enumerate(filter(None, plan)):
+                self.group(cases, turn, peer, shared)
         unable = "error" in (self.record["peer"] or {})
         self.write()
         return unable + sum(

@@ -54,7 +54,7 @@ def test_a_failed_case_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch, ca
 
 def test_after_the_deadline_nothing_is_started(run):
     record = run | {"cases": [], "platform": "cpu"}
-    late = speed.Run(record, path=None, timeout=1.0, deadline=-1.0, peer=False)
+    late = speed.Run(record, path=None, timeout=1.0, deadline=1.0, peer=False, start=-1e9)
     case = Case("conv", "conv", "tiny", 1, 64)
     measured = late.measure(case, "ours", worker=None, checkpoint={}, limit=None)
     assert measured == {"status": "skipped", "reason": "the run's deadline had passed"}
@@ -79,6 +79,7 @@ def test_a_process_that_ends_or_hangs_is_an_error_and_the_next_one_works():
         (["--size", "13b"], "--size must be among 1.2b"),
         (["--quick", "--size", "small"], "--quick has a model of its own"),
         (["--cases", "decode,sing"], "unknown cases sing"),
+        (["--match", "("], "missing ), unterminated subpattern"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_process_starts(arguments, message, capsys):
