@@ -64,6 +64,8 @@ def block_in(text: str) -> str:
 
 def section(run: dict[str, Any], name: str) -> str:
     """One file's part of the README: where and when, a table per size, plots."""
+    if run["kind"] == "tpu":
+        return _tpu_section(run, name)
     lines = [f"{heading(run)} From `{name}`: `{run['command']}`.", ""]
     if run["peer"] is not None:
         lines += [peer_line(run["peer"]), ""]
@@ -75,6 +77,29 @@ def section(run: dict[str, Any], name: str) -> str:
     for plot in run["plots"]:
         lines += [f"![{Path(plot).stem}]({Path(name).parent.as_posix()}/{plot})", ""]
     return "\n".join(lines) + "\n"
+
+
+def _tpu_section(run: dict[str, Any], name: str) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    lines = [
+        f"Compiled for TPUs, not run: {run['date'][:10]}, {versions}. From `{name}`: `python -m bench tpu`.",
+        "",
+        "| model | chip | program | chips | compiled in | bytes per chip | Pallas kernels |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        kernels = ", ".join(f"{kernel} ({count})" for kernel, count in row["kernels"].items()) or "none"
+        cells = [
+            row["size"],
+            row["chip"],
+            row["program"],
+            str(row["chips"]),
+            _seconds_or_nothing(row["seconds"]),
+            NONE if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f} of {row['hbm_bytes'] / 1e9:.0f} GB",
+            kernels if row["status"] == "ok" else row["status"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""]) + "\n"
 
 
 def heading(run: dict[str, Any]) -> str:

@@ -36,19 +36,6 @@ PROGRAMS = {
     "train": "loss and gradient, 4096 tokens per chip, rematerialised",
 }
 SLICES = (1, 2, 4, 8, 16)
-ROW_FIELDS = {
-    "size",
-    "chip",
-    "program",
-    "chips",
-    "status",
-    "seconds",
-    "bytes",
-    "hbm_bytes",
-    "kernels",
-    "error",
-    "tried",
-}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,8 +72,8 @@ def compile_row(size: str, chip: str, program: str, timeout: float) -> dict[str,
     """Compiles one program for ever larger slices until one holds it.
 
     Returns:
-        `ROW_FIELDS`: "status" is "ok", "does not fit" (in the largest slice) or "error"; "chips", "seconds" and "bytes"
-        (per chip) are those of the last slice tried, "tried" all of them.
+        `results.TPU_FIELDS` but "commit". "status" is "ok", "does not fit" (in the largest slice) or "error"; "chips",
+        "seconds" and "bytes" (per chip) are those of the last slice tried, "tried" all of them.
     """
     hbm = CHIPS[chip][2]
     row: dict[str, Any] = {"size": size, "chip": chip, "program": program, "hbm_bytes": hbm, "tried": []}
