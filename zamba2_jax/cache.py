@@ -24,7 +24,7 @@ class MambaState:
     Attributes:
         conv_x: (b, k-1, E), the inputs of the x convolution that the next token's window still reaches.
         conv_bc: (b, k-1, 2, G*N), the same for B and C.
-        ssm: (b, h, p, n) float32.
+        ssm: (b, h, p, n), float32 unless the cache was made otherwise.
     """
 
     conv_x: Float[Array, "b window inner"]
@@ -82,19 +82,29 @@ class Zamba2Cache:
         return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, rows, axis=0), self)
 
 
-def init_cache(config: Zamba2Config, batch_size: int, max_length: int, dtype: jax.typing.DTypeLike) -> Zamba2Cache:
+def init_cache(
+    config: Zamba2Config,
+    batch_size: int,
+    max_length: int,
+    dtype: jax.typing.DTypeLike,
+    ssm_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Zamba2Cache:
     """An empty cache.
 
     Args:
         config: shapes.
         batch_size: rows.
         max_length: slots for keys and values; the Mamba2 states do not grow with it.
-        dtype: of keys, values and convolution windows. SSM states are float32 always: they are sums over the whole
-            past.
+        dtype: of keys, values and convolution windows.
+        ssm_dtype: of the SSM states as they are stored between steps; the arithmetic is float32 always. They are sums
+            over the whole past, so every step's rounding stays in them; many rows decode faster with bfloat16 all the
+            same, because the states are most of what such a step reads and writes.
 
     Raises:
-        ValueError: `batch_size` or `max_length` below 1.
+        ValueError: `batch_size` or `max_length` below 1, an `ssm_dtype` that is not a floating one.
     """
+    if not jnp.issubdtype(ssm_dtype, jnp.floating):
+        raise ValueError(f"ssm_dtype must be a floating dtype such as float32 or bfloat16, got {jnp.dtype(ssm_dtype)}.")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -107,7 +117,7 @@ def init_cache(config: Zamba2Config, batch_size: int, max_length: int, dtype: ja
         return MambaState(
             conv_x=jnp.zeros((batch_size, window, config.mamba_intermediate_size), dtype),
             conv_bc=jnp.zeros((batch_size, window, 2, groups_state), dtype),
-            ssm=jnp.zeros((batch_size, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state), jnp.float32),
+            ssm=jnp.zeros((batch_size, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state), ssm_dtype),
         )
 
     return Zamba2Cache(

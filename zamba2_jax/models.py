@@ -29,6 +29,7 @@ from zamba2_jax.inputs import (
     check_logits_to_keep,
 )
 from zamba2_jax.layer_stack import Execution, LayerStack, Past
+from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import Embed, Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.norms import RMSNorm
@@ -205,9 +206,17 @@ class PretrainedModel(nnx.Module):
     def _set_execution(self, **changes: Any) -> None:
         self._base.execution = dataclasses.replace(self._base.execution, **changes)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> Zamba2Cache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens; dtype None is the compute dtype."""
-        return cache_lib.init_cache(self.config, batch_size, max_length, self.dtype if dtype is None else dtype)
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        dtype: DTypeLike | None = None,
+        ssm_dtype: DTypeLike = jnp.float32,
+    ) -> Zamba2Cache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens; dtype None is the compute dtype. Another
+        `ssm_dtype` than float32 halves the Mamba2 states at a loss (`zamba2_jax.cache.init_cache`)."""
+        dtype = self.dtype if dtype is None else dtype
+        return cache_lib.init_cache(self.config, batch_size, max_length, dtype, ssm_dtype)
 
 
 class Zamba2Model(PretrainedModel):
@@ -387,6 +396,7 @@ class Zamba2Model(PretrainedModel):
             segment_ids=layout.segment_ids,
             token_mask=layout.token_mask,
             mask=mask,
+            slot_mask=slot_mask,
             first_slot=None if past is None else past.length,
             dropout_key=None,
             return_weights=output_attentions,
@@ -468,6 +478,9 @@ class Zamba2ForCausalLM(PretrainedModel):
         )
 
     def _head(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
+        one_token = self.lm_head is None and hidden.shape[1] == 1
+        if one_token and decoding.head_obstacle(self.model.embed_tokens, hidden.shape[0]) is None:
+            return decoding.head_scores(self.model.embed_tokens, hidden)
         return self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def _loss(self, hidden: Float[Array, "b l d"], labels: Int[Array, "b l"]) -> Float[Array, ""]:

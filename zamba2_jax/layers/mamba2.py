@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from zamba2_jax.cache import MambaState
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
 from zamba2_jax.layers.projection import projection
@@ -114,7 +115,9 @@ class Mamba2Mixer(nnx.Module):
         if state is None:
             return y, None
         # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
-        return y, MambaState(window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm)
+        return y, MambaState(
+            window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm.astype(state.ssm.dtype)
+        )
 
     def _step(
         self,
@@ -141,7 +144,7 @@ class Mamba2Mixer(nnx.Module):
             self._by_group(bc[:, 1]),
             self.D[...],
         )
-        return y.reshape(x.shape)[:, None], MambaState(window_x, window_bc, ssm)
+        return y.reshape(x.shape)[:, None], MambaState(window_x, window_bc, ssm.astype(state.ssm.dtype))
 
     def _conv_params(self, conv: DepthwiseConv) -> tuple[jax.Array, jax.Array | None]:
         return conv.kernel[...], None if conv.bias is None else conv.bias[...]
@@ -170,6 +173,8 @@ class MambaLayer(nnx.Module):
         state: MambaState | None,
         transformer_output: Float[Array, "b l d"] | None = None,
     ) -> tuple[Float[Array, "b l d"], MambaState | None]:
+        if state is not None and hidden.shape[1] == 1 and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
+            return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)
         mixer_input = hidden if transformer_output is None else hidden + transformer_output
         mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state)
         return hidden + mixed, state

@@ -17,12 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zamba2_jax.cache import KeyValue
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.layers import decoding
 from zamba2_jax.layers.activations import ACTIVATIONS
 from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.norms import RMSNorm
 from zamba2_jax.layers.projection import projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
+from zamba2_jax.ops.decode.cached_attention import cached_attention
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +37,7 @@ class AttentionContext:
         segment_ids: (b, l) or None: without a cache, a token sees the earlier tokens of its own segment.
         token_mask: (b, l) or None: which of the call's tokens are real; a token sees, of these, the earlier real ones.
         mask: (b, l, slots) or None: with a cache that holds tokens already, the slots that each token sees.
+        slot_mask: (b, slots) or None, with mask: the slots that hold a real token, this call's included.
         first_slot: () int32 or None: with a cache, the slot of the call's first column.
         dropout_key: key for attention dropout, or None for none.
         return_weights: whether attention probabilities are wanted.
@@ -44,9 +47,16 @@ class AttentionContext:
     segment_ids: Int[Array, "b l"] | None
     token_mask: Bool[Array, "b l"] | None
     mask: Bool[Array, "b l slots"] | None
+    slot_mask: Bool[Array, "b slots"] | None
     first_slot: Int[Array, ""] | None
     dropout_key: jax.Array | None
     return_weights: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether this is one token per row after others, and its output is all that is wanted."""
+        one_token = self.mask is not None and self.mask.shape[1] == 1
+        return one_token and self.dropout_key is None and not self.return_weights
 
 
 class SharedAttention(nnx.Module):
@@ -56,6 +66,7 @@ class SharedAttention(nnx.Module):
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         self.dropout_rate = config.attention_dropout
+        self.scale = (config.attention_head_dim / 2) ** -0.5
         width, head_dim = config.attention_hidden_size, config.attention_head_dim
         q_width, kv_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         options = {"std": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -87,17 +98,22 @@ class SharedAttention(nnx.Module):
             key, value = past.key.astype(query.dtype), past.value.astype(query.dtype)
             visible = {"mask": context.mask}
 
-        scale = (self.config.attention_head_dim / 2) ** -0.5
+        scale, weights = self.scale, None
         dropout_rate = self.dropout_rate if context.dropout_key is not None else 0.0
         if context.return_weights or dropout_rate > 0.0:
             mixed, weights = attention_with_weights(
                 query, key, value, scale=scale, dropout_rate=dropout_rate, dropout_key=context.dropout_key, **visible
             )
+        elif context.is_decoding:
+            length = context.first_slot + 1
+            mixed = cached_attention(query[:, 0], past.key, past.value, context.slot_mask, length, scale=scale)[:, None]
         elif context.mask is not None:
-            cached, first, weights = (key, value), context.first_slot, None
-            mixed = prefill_attention(query, *own, *cached, first, token_mask=context.token_mask, scale=scale, **visible)
+            cached, first = (key, value), context.first_slot
+            mixed = prefill_attention(
+                query, *own, *cached, first, token_mask=context.token_mask, scale=scale, **visible
+            )
         else:
-            mixed, weights = attention(query, key, value, scale=scale, **visible), None
+            mixed = attention(query, key, value, scale=scale, **visible)
         mixed = projection(self.o_proj(mixed.reshape(*mixed.shape[:2], -1)))
         return mixed, past, weights if context.return_weights else None
 
@@ -149,6 +165,8 @@ class SharedTransformerBlock(nnx.Module):
         past: KeyValue | None,
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
         """The output of this use, after the use's own `linear`; the cache entry; the attention weights if wanted."""
+        if context.is_decoding and decoding.shared_block_obstacle(self, use, hidden.shape[0]) is None:
+            return *decoding.shared_block_step(self, hidden, embedded, use, context, past), None
         x = self.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))
         x, past, weights = self.self_attn(x, use, context, past)
         x = self.feed_forward(self.pre_ff_layernorm(x), use.gate_up_adapter)

@@ -1,0 +1,148 @@
+"""Whole layers in few launches (`layers.decoding`), in Pallas' interpreter, against the layers themselves."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax.layers import decoding
+from zamba2_jax.layers.shared_block import AttentionContext
+from zamba2_jax.ops.decode import products_gpu
+from zamba2_jax.ops.decode.strips_gpu import Tiling
+from zamba2_jax.tokens import TokenLayout
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "layers_block_type": ["mamba", "hybrid"],
+    "n_mamba_heads": 4,
+    "mamba_d_state": 16,
+    "num_attention_heads": 4,
+    "adapter_rank": 4,
+}
+KINDS = {
+    "1.2B": {"use_mem_rope": True, "use_shared_attention_adapter": True},
+    "7B": {"use_mem_rope": True, "mamba_ngroups": 2, "num_key_value_heads": 2},
+}
+# Both forms round to bfloat16 in a dozen places, not always the same way: a few units in the last place of values
+# around 1.
+CLOSE = {"rtol": 2e-2, "atol": 2e-2}
+
+
+@functools.cache
+def made(kind, dtype):
+    return Zamba2ForCausalLM(Zamba2Config(**SIZES, **KINDS[kind]), dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def make(kind, dtype=jnp.bfloat16):
+    return made(kind, dtype), np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """The interpreter's time grows with the tiles, not with the weights."""
+    monkeypatch.setattr(decoding, "TILING", Tiling(columns=32, warps=1, fold=2, turns=2))
+
+
+def states_like(tree, rng):
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
+
+
+def assert_close(got, expected):
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "masked"),
+    [
+        pytest.param("1.2B", 1, False, marks=pytest.mark.slow),
+        ("7B", 3, True),
+    ],
+)
+def test_mamba_layer(kind, rows, masked):
+    model, rng = make(kind)
+    layer = model.model.layers[0]
+    hidden, other = (jnp.asarray(rng.normal(size=(rows, 1, 64)), jnp.bfloat16) for _ in range(2))
+    state = states_like(model.init_cache(rows, 8).mamba[0], rng)
+    mask = jnp.asarray([[True], [False], [True]]) if masked else None
+    layout = TokenLayout.make(
+        rows, 1, token_mask=mask, segment_ids=None, position_ids=None, first_position=jnp.zeros(rows, jnp.int32)
+    )
+    expected, left = jax.jit(lambda *arrays: layer(arrays[0], layout, *arrays[1:]))(hidden, state, other)
+    got, ours = jax.jit(
+        lambda hidden, state, other: decoding.mamba_layer_step(layer, hidden, layout, state, other, interpret=True)
+    )(hidden, state, other)
+    real = slice(None) if mask is None else mask[:, 0]  # what a masked token yields is read by nobody
+    assert_close((got[real], ours), (expected[real], left))
+    if masked:
+        assert_close(jax.tree.map(lambda leaf: leaf[1], ours), jax.tree.map(lambda leaf: leaf[1], state))
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("1.2B", 1), pytest.param("7B", 3, marks=pytest.mark.slow)])
+def test_shared_block(kind, rows):
+    model, rng = make(kind)
+    block, use = model.model.shared_blocks[0], model.model.shared_block_uses[0]
+    head_dim = model.config.attention_head_dim
+    hidden, embedded = (jnp.asarray(rng.normal(size=(rows, 1, 64)), jnp.bfloat16) for _ in range(2))
+    past = states_like(model.init_cache(rows, 12).attention[0], rng)
+    slot_mask = jnp.asarray(rng.random((rows, 12)) < 0.8).at[:, 7].set(True) & (jnp.arange(12) <= 7)
+    angles = rng.normal(size=(rows, 1, head_dim // 2))
+    nothing = {field.name: None for field in dataclasses.fields(AttentionContext)}
+    context = AttentionContext(
+        **nothing
+        | {
+            "rotation": (jnp.cos(angles), jnp.sin(angles)),
+            "mask": slot_mask[:, None],
+            "slot_mask": slot_mask,
+            "first_slot": jnp.int32(7),
+            "return_weights": False,
+        }
+    )
+    assert context.is_decoding
+    assert not dataclasses.replace(context, return_weights=True).is_decoding
+    expected, left, _ = jax.jit(lambda *arrays: block(*arrays[:2], use, context, arrays[2]))(hidden, embedded, past)
+    got, ours = jax.jit(
+        lambda *arrays: decoding.shared_block_step(block, *arrays[:2], use, context, arrays[2], interpret=True)
+    )(hidden, embedded, past)
+    # The block's output is small next to what passes through it.
+    scale = float(jnp.abs(expected).max())
+    assert_close((got / scale, ours), (expected / scale, left))
+
+
+def test_head():
+    model, rng = make("1.2B")
+    hidden = jnp.asarray(rng.normal(size=(1, 1, 64)), jnp.bfloat16)
+    embedding = model.model.embed_tokens
+    assert_close(decoding.head_scores(embedding, hidden, interpret=True), embedding.attend(hidden))
+
+
+class TestObstacles:
+    def test_none_in_the_interpreter(self):
+        model, _ = make("1.2B")
+        base = model.model
+        assert decoding.mamba_obstacle(base.layers[0], 1, interpret=True) is None
+        assert decoding.shared_block_obstacle(base.shared_blocks[0], base.shared_block_uses[0], 1, True) is None
+        assert decoding.head_obstacle(base.embed_tokens, 1, interpret=True) is None
+
+    def test_each_says_why(self):
+        model, _ = make("1.2B")
+        layer = model.model.layers[0]
+        assert "needs a GPU" in decoding.mamba_obstacle(layer, 1)
+        many = products_gpu.MAX_ROWS + 1
+        assert f"{many} rows" in decoding.mamba_obstacle(layer, many, interpret=True)
+        single, _ = make("1.2B", dtype=jnp.float32)
+        assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=True)
+
+    def test_arrays_on_several_devices(self):
+        model, _ = make("1.2B")
+        mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert "2 devices" in decoding.mamba_obstacle(model.model.layers[0], 1, interpret=True)

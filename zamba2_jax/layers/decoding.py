@@ -1,0 +1,237 @@
+"""One decoding step of whole layers in few launches, for a GPU and few rows. The plain form is the layer itself.
+
+At batch size 1 a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
+than the pass: here a mamba layer is four launches and a use of a shared block eleven.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from zamba2_jax.cache import KeyValue, MambaState
+from zamba2_jax.layers.linear import Embed, Linear
+from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu
+from zamba2_jax.ops.decode.cached_attention import cached_attention
+from zamba2_jax.ops.decode.obstacles import no_single_gpu
+from zamba2_jax.ops.decode.strips_gpu import Tiling
+from zamba2_jax.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from zamba2_jax.layers.mamba2 import MambaLayer
+    from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
+
+TILING = Tiling()
+_HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+
+
+def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str | None:
+    """Why `mamba_layer_step` cannot serve, or None where it can."""
+    mixer = layer.mamba
+    config = mixer.config
+    for name, size in (("head dim", config.mamba_headdim), ("state size", config.mamba_d_state)):
+        if size & (size - 1):
+            return f"the {name} is {size}; it takes powers of two"
+    weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
+    return _products_obstacle(weights, rows, interpret) or no_single_gpu(interpret)
+
+
+def mamba_layer_step(
+    layer: MambaLayer,
+    hidden: Float[Array, "b 1 d"],
+    layout: TokenLayout,
+    state: MambaState,
+    transformer_output: Float[Array, "b 1 d"] | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b 1 d"], MambaState]:
+    """`layer` for one token: projections with norm and convolution; state; output projection; sum."""
+    mixer = layer.mamba
+    config = mixer.config
+    rows, width = hidden.shape[0], hidden.shape[2]
+    both = 2 * config.mamba_ngroups * config.mamba_d_state
+    residual = hidden[:, 0]
+    keep = None if layout.token_mask is None else layout.token_mask[:, 0].astype(jnp.int32)
+
+    def convolution(conv, channels):
+        bias = None if conv.bias is None else conv.bias[...].reshape(channels)
+        return conv.kernel[...].reshape(-1, channels), bias
+
+    z, x, bc, dt, window_x, window_bc = products_gpu.mamba_projections(
+        residual if transformer_output is None else residual + transformer_output[:, 0],
+        layer.input_layernorm.scale[...],
+        mixer.zx_proj.kernel[...].reshape(width, -1),
+        mixer.bc_proj.kernel[...].reshape(width, -1),
+        mixer.dt_proj.kernel[...],
+        convolution(mixer.conv_x, config.mamba_intermediate_size),
+        convolution(mixer.conv_bc, both),
+        state.conv_x,
+        state.conv_bc.reshape(rows, -1, both),
+        mixer.dt_bias[...],
+        keep,
+        eps=layer.input_layernorm.eps,
+        limit=config.time_step_limit,
+        tiling=TILING,
+        interpret=interpret,
+    )
+    gated, ssm = state_gpu.state_step(
+        state.ssm,
+        x,
+        z,
+        bc,
+        dt,
+        mixer.A_log[...],
+        mixer.D[...],
+        groups=config.mamba_ngroups,
+        interpret=interpret,
+    )
+    mixed = _deep_product(
+        gated,
+        mixer.out_proj,
+        mixer.norm.scale[...],
+        residual=residual,
+        groups=config.mamba_ngroups,
+        eps=mixer.norm.eps,
+        interpret=interpret,
+    )
+    return mixed[:, None], MambaState(window_x, window_bc.reshape(state.conv_bc.shape), ssm)
+
+
+def shared_block_obstacle(
+    block: SharedTransformerBlock, use: SharedBlockUse, rows: int, interpret: bool = False
+) -> str | None:
+    """Why `shared_block_step` cannot serve, or None where it can."""
+    attention, mlp = block.self_attn, block.feed_forward
+    if mlp.activation not in products_gpu.ACTIVATIONS:
+        return f"hidden_act is {mlp.activation!r}; it has {', '.join(products_gpu.ACTIVATIONS)}"
+    weights = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    weights += [mlp.gate_up_proj, mlp.down_proj, use.linear, use.gate_up_adapter.down, use.gate_up_adapter.up]
+    if use.q_adapter is not None:
+        for adapter in (use.q_adapter, use.k_adapter, use.v_adapter):
+            weights += [adapter.down, adapter.up]
+    return _products_obstacle(weights, rows, interpret) or no_single_gpu(interpret)
+
+
+def shared_block_step(
+    block: SharedTransformerBlock,
+    hidden: Float[Array, "b 1 d"],
+    embedded: Float[Array, "b 1 d"],
+    use: SharedBlockUse,
+    context: AttentionContext,
+    past: KeyValue,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b 1 d"], KeyValue]:
+    """`block` for one token of rows that continue from a cache."""
+    attention, mlp = block.self_attn, block.feed_forward
+    rows, width = hidden.shape[0], hidden.shape[2]
+    weights = [projection.kernel[...] for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    up = None
+    if use.q_adapter is not None:
+        adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
+        weights += [adapter.down.kernel[...] for adapter in adapters]
+        up = tuple(adapter.up.kernel[...] for adapter in adapters)
+    projected = products_gpu.skinny_matmul(
+        jnp.concatenate([hidden[:, 0], embedded[:, 0]], axis=-1),
+        weights,
+        block.input_layernorm.scale[...],
+        eps=block.input_layernorm.eps,
+        tiling=TILING,
+        interpret=interpret,
+    )
+    query, key, value = attention_gpu.rotate_and_store(
+        projected[:3],
+        None if up is None else projected[3:],
+        up,
+        None if context.rotation is None else tuple(part[:, 0] for part in context.rotation),
+        past.key,
+        past.value,
+        context.first_slot,
+        interpret=interpret,
+    )
+    mixed = cached_attention(
+        query.reshape(rows, -1, attention.config.attention_head_dim),
+        key,
+        value,
+        context.slot_mask,
+        context.first_slot + 1,
+        scale=attention.scale,
+        implementation="pallas_gpu" if interpret else None,
+        interpret=interpret,
+    )
+    x = _deep_product(mixed.reshape(rows, -1), attention.o_proj, interpret=interpret)
+    gate_up, low = products_gpu.skinny_matmul(
+        x,
+        [mlp.gate_up_proj.kernel[...].reshape(width, -1), use.gate_up_adapter.down.kernel[...]],
+        block.pre_ff_layernorm.scale[...],
+        eps=block.pre_ff_layernorm.eps,
+        tiling=TILING,
+        interpret=interpret,
+    )
+    x = products_gpu.gated_activation(
+        gate_up,
+        low,
+        use.gate_up_adapter.up.kernel[...].reshape(low.shape[1], -1),
+        activation=mlp.activation,
+        tiling=TILING,
+        interpret=interpret,
+    )
+    x = _deep_product(x, mlp.down_proj, interpret=interpret)
+    return _deep_product(x, use.linear, interpret=interpret)[:, None], KeyValue(key, value)
+
+
+def head_obstacle(embedding: Embed, rows: int, interpret: bool = False) -> str | None:
+    """Why `head_scores` cannot serve, or None where it can."""
+    if type(embedding) is not Embed:
+        return f"the embedding is a {type(embedding).__name__}"
+    return _arrays_obstacle([embedding.embedding[...]], embedding.dtype, rows) or no_single_gpu(interpret)
+
+
+def head_scores(embedding: Embed, hidden: Float[Array, "b 1 d"], interpret: bool = False) -> Float[Array, "b 1 v"]:
+    """`embedding.attend` for one token."""
+    return products_gpu.head_matmul(hidden[:, 0], embedding.embedding[...], interpret=interpret)[:, None]
+
+
+def _deep_product(
+    x: Float[Array, "b k"],
+    weight: Linear,
+    scale: Float[Array, " k"] | None = None,
+    *,
+    residual: Float[Array, "b n"] | None = None,
+    groups: int | None = None,
+    eps: float = 0.0,
+    interpret: bool,
+) -> Float[Array, "b n"]:
+    """norm(x) W + residual, W cut along its depth; the norm only with a scale and groups."""
+    kernel = weight.kernel[...]
+    splits = products_gpu.depth_splits(*kernel.shape, TILING, groups or 1)
+    pieces = products_gpu.split_matmul(x, kernel, scale, splits=splits, tiling=TILING, interpret=interpret)
+    return products_gpu.join(
+        pieces,
+        None if groups is None else x,
+        residual,
+        groups=groups or 1,
+        eps=eps,
+        dtype=x.dtype,
+        interpret=interpret,
+    )
+
+
+def _products_obstacle(weights: list[Linear] | tuple[Linear, ...], rows: int, interpret: bool) -> str | None:
+    for weight in weights:
+        if type(weight) is not Linear:
+            return f"a weight is a {type(weight).__name__}; it takes plain ones"
+        if weight.bias is not None:
+            return "the projections have biases"
+    return _arrays_obstacle([weight.kernel[...] for weight in weights], weights[0].dtype, rows)
+
+
+def _arrays_obstacle(arrays: list[jax.Array], dtype: jnp.dtype, rows: int) -> str | None:
+    if rows > products_gpu.MAX_ROWS:
+        return f"there are {rows} rows; more than {products_gpu.MAX_ROWS} are better served by matrix units"
+    if dtype not in _HALF_PRECISION:
+        return f"the compute dtype is {jnp.dtype(dtype).name}; it takes bfloat16 and float16"
+    if any(array.dtype != dtype for array in arrays):
+        return f"weights are not stored in the compute dtype, {jnp.dtype(dtype).name}"
+    return None
