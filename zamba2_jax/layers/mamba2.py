@@ -18,6 +18,9 @@ from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.tokens import TokenLayout
 
+# The places of the gate and of the recurrence's input in the product that makes both.
+_Z, _X = 0, 1
+
 
 class Mamba2Mixer(nnx.Module):
     """Maps a sequence to a sequence through h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t + D x_t, per head.
@@ -67,19 +70,19 @@ class Mamba2Mixer(nnx.Module):
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
         zx = projection(self.zx_proj(hidden))
-        z, x = zx[:, :, 0], zx[:, :, 1]
         bc = projection(self.bc_proj(hidden))
         raw_dt = projection(self.dt_proj(hidden))
 
         if state is not None and hidden.shape[1] == 1:
-            y, state = self._step(x, bc, raw_dt, layout, state)
+            y, state = self._step(zx, bc, raw_dt, layout, state)
         else:
-            y, state = self._sequence(x, bc, raw_dt, layout, state)
-        return self.out_proj(self.norm(y, z)), state
+            y, state = self._sequence(zx, bc, raw_dt, layout, state)
+        # z and x are handed over as one array and a place in it: a kernel would be given copies of slices.
+        return self.out_proj(self.norm(y, zx, part=_Z)), state
 
     def _sequence(
         self,
-        x: Float[Array, "b l inner"],
+        zx: Float[Array, "b l 2 inner"],
         bc: Float[Array, "b l 2 groups_state"],
         raw_dt: Float[Array, "b l h"],
         layout: TokenLayout,
@@ -92,7 +95,7 @@ class Mamba2Mixer(nnx.Module):
             "activation": "silu",
         }
         x, window_x = causal_conv(
-            x, *self._conv_params(self.conv_x), initial_window=state.conv_x if state else None, **conv
+            zx, *self._conv_params(self.conv_x), initial_window=state.conv_x if state else None, part=_X, **conv
         )
         bc, window_bc = causal_conv(
             bc, *self._conv_params(self.conv_bc), initial_window=state.conv_bc if state else None, **conv
@@ -121,13 +124,13 @@ class Mamba2Mixer(nnx.Module):
 
     def _step(
         self,
-        x: Float[Array, "b 1 inner"],
+        zx: Float[Array, "b 1 2 inner"],
         bc: Float[Array, "b 1 2 groups_state"],
         raw_dt: Float[Array, "b 1 h"],
         layout: TokenLayout,
         state: MambaState,
     ) -> tuple[Float[Array, "b 1 inner"], MambaState]:
-        x, window_x = causal_conv_step(x[:, 0], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
+        x, window_x = causal_conv_step(zx[:, 0, _X], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
         bc, window_bc = causal_conv_step(bc[:, 0], state.conv_bc, *self._conv_params(self.conv_bc), activation="silu")
         if layout.token_mask is not None:  # a masked token leaves the row as it was
             keep = layout.token_mask[:, 0]
