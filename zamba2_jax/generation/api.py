@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.generation import beam, options, processors, programs, prompt
@@ -99,6 +101,7 @@ def generate(
     stream_block: int | None = None,
     past_key_values: Zamba2Cache | None = None,
     cache_length: int | None = None,
+    ssm_dtype: DTypeLike | None = None,
     inputs_embeds: Any = None,
     **others: Any,
 ) -> np.ndarray | GenerateOutput | GenerateBeamOutput:
@@ -146,6 +149,8 @@ def generate(
         past_key_values: a cache that holds the beginning of `input_ids`; only the rest is read. It stays valid.
         cache_length: slots for keys and values. None takes the smallest of 1024, 4096, 16384, … that holds the text,
             and room for padding the prompt to whole chunks: 1152, 4608, 18432, ….
+        ssm_dtype: of the Mamba2 states between tokens; None is float32. bfloat16 halves what many rows read and write
+            per token, and rounds the sum over the past at every one of them.
         inputs_embeds: not supported.
 
     Returns:
@@ -196,6 +201,7 @@ def generate(
         seed=seed,
     )
     _check_streaming(streamer, stream_block, opts)
+    ssm_dtype = _check_ssm_dtype(ssm_dtype, past_key_values)
     plan = prompt.plan_prefill(
         batch,
         max_new_tokens=opts.max_new_tokens,
@@ -207,8 +213,7 @@ def generate(
     if streamer is not None:
         streamer.put(np.repeat(batch.input_ids, copies, axis=0))
 
-    structure = programs.Structure(model)
-    weights = structure.take_weights()
+    structure, weights = programs.take_apart(model)
     logits, cache = programs.prefill(
         structure,
         weights,
@@ -219,6 +224,7 @@ def generate(
         past_key_values,
         chunk=plan.chunk,
         capacity=plan.capacity,
+        ssm_dtype=ssm_dtype,
     )
     if copies > 1:
         logits, cache = programs.repeat_rows(logits, cache, copies=copies)
@@ -236,6 +242,22 @@ def _check_streaming(streamer: Streamer | None, stream_block: int | None, opts: 
         isinstance(stream_block, bool) or not isinstance(stream_block, int) or stream_block < 1
     ):
         raise ValueError(f"stream_block must be an integer of at least 1, or None to adapt, got {stream_block!r}.")
+
+
+def _check_ssm_dtype(ssm_dtype: DTypeLike | None, cache: Zamba2Cache | None) -> np.dtype:
+    if ssm_dtype is None:
+        return jnp.dtype(jnp.float32)
+    if cache is not None:
+        raise ValueError(
+            f"ssm_dtype={ssm_dtype!r} has no use with past_key_values, whose states have one; leave it out."
+        )
+    try:
+        dtype = jnp.dtype(ssm_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"ssm_dtype must be a floating dtype such as float32 or bfloat16, got {ssm_dtype!r}.")
+    return dtype
 
 
 def _run_rows(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import operator
+import weakref
 from typing import Any
 
 import jax
@@ -29,12 +31,21 @@ class Structure:
         bare.generation_config = None
         self._graphdef, state = nnx.split(bare)
         self._leaves, self._treedef = jax.tree.flatten(state)
+        self._variables = jax.tree.leaves(state, is_leaf=_is_variable)
         self._hash = hash((self._graphdef, self._treedef))
 
     def take_weights(self) -> list[jax.Array]:
         """The arrays, once: a structure stays in jit's cache for good, and must not keep a model's weights there."""
-        leaves, self._leaves = self._leaves, None
+        leaves, self._leaves, self._variables = self._leaves, None, None
         return leaves
+
+    @property
+    def variables(self) -> list[nnx.Variable]:
+        """Whose values the arrays are, until they are taken; empty where the two do not match one to one."""
+        same = len(self._variables) == len(self._leaves) and all(
+            variable.get_raw_value() is leaf for variable, leaf in zip(self._variables, self._leaves, strict=True)
+        )
+        return list(self._variables) if same else []
 
     def model(self, weights: list[jax.Array]) -> Any:
         return nnx.merge(self._graphdef, self._treedef.unflatten(weights))
@@ -46,6 +57,49 @@ class Structure:
         if self is other:
             return True
         return isinstance(other, Structure) and (self._treedef, self._graphdef) == (other._treedef, other._graphdef)
+
+
+# Per model: the objects it was made of when it was last taken apart, its structure, and the variables of its arrays. To
+# walk a model of some hundred arrays as NNX does costs as much as several decoding steps; to see that it is made of the
+# same objects as before, a tenth of that.
+_TAKEN_APART: weakref.WeakKeyDictionary[nnx.Module, tuple[list[Any], Structure, list[nnx.Variable]]]
+_TAKEN_APART = weakref.WeakKeyDictionary()
+
+
+def take_apart(model: nnx.Module) -> tuple[Structure, list[jax.Array]]:
+    """The structure of a model and its arrays as they are now. Fast where the model was taken apart before and only the
+    values of its arrays have changed since."""
+    parts = _parts(model)
+    before, structure, variables = _TAKEN_APART.get(model, (None, None, None))
+    if before is not None and len(before) == len(parts) and all(map(operator.is_, before, parts)):
+        return structure, [variable.get_raw_value() for variable in variables]
+    structure = Structure(model)
+    variables = structure.variables
+    if variables:
+        _TAKEN_APART[model] = parts, structure, variables
+    else:
+        _TAKEN_APART.pop(model, None)
+    return structure, structure.take_weights()
+
+
+def _parts(model: nnx.Module) -> list[Any]:
+    """All that hangs on a model's modules, attribute by attribute, down to its variables."""
+    parts, modules = [], [model]
+    for module in modules:
+        for value in vars(module).values():
+            parts.append(value)
+            if _is_inner(type(value)):
+                modules.append(value)
+    return parts
+
+
+@functools.cache
+def _is_inner(kind: type) -> bool:
+    return issubclass(kind, nnx.Pytree) and not issubclass(kind, nnx.Variable)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +123,7 @@ class Decoding:
     logits: Float[Array, "r v"] | None
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "chunk", "capacity"))
+@functools.partial(jax.jit, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
 def prefill(
     structure: Structure,
     weights: list[jax.Array],
@@ -81,6 +135,7 @@ def prefill(
     *,
     chunk: int,
     capacity: int,
+    ssm_dtype: jnp.dtype,
 ) -> tuple[Float[Array, "b v"], Zamba2Cache]:
     """Reads `chunks` times `chunk` columns; returns the last column's scores (float32) and the cache.
 
@@ -89,7 +144,7 @@ def prefill(
     model = structure.model(weights)
     batch_size = ids.shape[0]
     if cache is None:
-        cache = model.init_cache(batch_size, capacity)
+        cache = model.init_cache(batch_size, capacity, ssm_dtype=ssm_dtype)
 
     def read_chunk(index, carry):
         _, cache = carry

@@ -17,7 +17,7 @@ Implementation = Literal["xla", "pallas_gpu"]
 IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
 # Slots that the plain form reads at a time: a long cache is read in such blocks up to its last filled one.
-BLOCK = 512
+BLOCK = 256
 # More heads per key head than this are a matrix product's work.
 _MAX_SHARING = 8
 
