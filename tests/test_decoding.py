@@ -1,4 +1,5 @@
-"""Whole layers in few launches (`layers.decoding`), in Pallas' interpreter, against the layers themselves."""
+"""Whole layers in few launches (`layers.decoding`) against the layers themselves: in Pallas' interpreter, or on a GPU
+(`JAX_PLATFORMS=cuda`) as they are."""
 
 import dataclasses
 import functools
@@ -16,6 +17,7 @@ from zamba2_jax.ops.decode import products_gpu
 from zamba2_jax.ops.decode.strips_gpu import Tiling
 from zamba2_jax.tokens import TokenLayout
 
+INTERPRET = jax.default_backend() != "gpu"
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 64,
@@ -54,6 +56,11 @@ def states_like(tree, rng):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
 
 
+def switch_off(monkeypatch, name):
+    """On a GPU the layers would take the fused form themselves."""
+    monkeypatch.setattr(decoding, name, lambda *_: "switched off")
+
+
 def assert_close(got, expected):
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == theirs.dtype
@@ -67,7 +74,8 @@ def assert_close(got, expected):
         ("7B", 3, True),
     ],
 )
-def test_mamba_layer(kind, rows, masked):
+def test_mamba_layer(kind, rows, masked, monkeypatch):
+    switch_off(monkeypatch, "mamba_obstacle")
     model, rng = make(kind)
     layer = model.model.layers[0]
     hidden, other = (jnp.asarray(rng.normal(size=(rows, 1, 64)), jnp.bfloat16) for _ in range(2))
@@ -78,7 +86,7 @@ def test_mamba_layer(kind, rows, masked):
     )
     expected, left = jax.jit(lambda *arrays: layer(arrays[0], layout, *arrays[1:]))(hidden, state, other)
     got, ours = jax.jit(
-        lambda hidden, state, other: decoding.mamba_layer_step(layer, hidden, layout, state, other, interpret=True)
+        lambda hidden, state, other: decoding.mamba_layer_step(layer, hidden, layout, state, other, interpret=INTERPRET)
     )(hidden, state, other)
     real = slice(None) if mask is None else mask[:, 0]  # what a masked token yields is read by nobody
     assert_close((got[real], ours), (expected[real], left))
@@ -87,7 +95,8 @@ def test_mamba_layer(kind, rows, masked):
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("1.2B", 1), pytest.param("7B", 3, marks=pytest.mark.slow)])
-def test_shared_block(kind, rows):
+def test_shared_block(kind, rows, monkeypatch):
+    switch_off(monkeypatch, "shared_block_obstacle")
     model, rng = make(kind)
     block, use = model.model.shared_blocks[0], model.model.shared_block_uses[0]
     head_dim = model.config.attention_head_dim
@@ -110,7 +119,7 @@ def test_shared_block(kind, rows):
     assert not dataclasses.replace(context, return_weights=True).is_decoding
     expected, left, _ = jax.jit(lambda *arrays: block(*arrays[:2], use, context, arrays[2]))(hidden, embedded, past)
     got, ours = jax.jit(
-        lambda *arrays: decoding.shared_block_step(block, *arrays[:2], use, context, arrays[2], interpret=True)
+        lambda *arrays: decoding.shared_block_step(block, *arrays[:2], use, context, arrays[2], interpret=INTERPRET)
     )(hidden, embedded, past)
     # The block's output is small next to what passes through it.
     scale = float(jnp.abs(expected).max())
@@ -121,28 +130,29 @@ def test_head():
     model, rng = make("1.2B")
     hidden = jnp.asarray(rng.normal(size=(1, 1, 64)), jnp.bfloat16)
     embedding = model.model.embed_tokens
-    assert_close(decoding.head_scores(embedding, hidden, interpret=True), embedding.attend(hidden))
+    assert_close(decoding.head_scores(embedding, hidden, interpret=INTERPRET), embedding.attend(hidden))
 
 
 class TestObstacles:
     def test_none_in_the_interpreter(self):
         model, _ = make("1.2B")
         base = model.model
-        assert decoding.mamba_obstacle(base.layers[0], 1, interpret=True) is None
-        assert decoding.shared_block_obstacle(base.shared_blocks[0], base.shared_block_uses[0], 1, True) is None
-        assert decoding.head_obstacle(base.embed_tokens, 1, interpret=True) is None
+        assert decoding.mamba_obstacle(base.layers[0], 1, interpret=INTERPRET) is None
+        assert decoding.shared_block_obstacle(base.shared_blocks[0], base.shared_block_uses[0], 1, INTERPRET) is None
+        assert decoding.head_obstacle(base.embed_tokens, 1, interpret=INTERPRET) is None
 
     def test_each_says_why(self):
         model, _ = make("1.2B")
         layer = model.model.layers[0]
-        assert "needs a GPU" in decoding.mamba_obstacle(layer, 1)
+        if INTERPRET:
+            assert "needs a GPU" in decoding.mamba_obstacle(layer, 1)
         many = products_gpu.MAX_ROWS + 1
-        assert f"{many} rows" in decoding.mamba_obstacle(layer, many, interpret=True)
+        assert f"{many} rows" in decoding.mamba_obstacle(layer, many, interpret=INTERPRET)
         single, _ = make("1.2B", dtype=jnp.float32)
-        assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=True)
+        assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=INTERPRET)
 
     def test_arrays_on_several_devices(self):
         model, _ = make("1.2B")
         mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
         with jax.sharding.use_abstract_mesh(mesh):
-            assert "2 devices" in decoding.mamba_obstacle(model.model.layers[0], 1, interpret=True)
+            assert "2 devices" in decoding.mamba_obstacle(model.model.layers[0], 1, interpret=INTERPRET)

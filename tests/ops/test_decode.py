@@ -1,4 +1,5 @@
-"""The kernels of a decoding step: in Pallas' interpreter against the plain operations, and their lowering for CUDA."""
+"""The kernels of a decoding step against the plain operations, in Pallas' interpreter or, where there is a GPU
+(`JAX_PLATFORMS=cuda`), as they are; and their lowering for CUDA."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,16 @@ from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention, in_blocks
 from zamba2_jax.ops.decode.strips_gpu import Tiling
 from zamba2_jax.ops.ssd import ssd_step, time_step
+
+INTERPRET = jax.default_backend() != "gpu"
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """A GPU rounds the operands of float32 products otherwise."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
 
 # Strips of 16 columns and rounds of 64 rows: small weights take several programs and rounds.
 SMALL = Tiling(columns=16, warps=1, fold=2, turns=2)
@@ -33,28 +44,28 @@ class TestProducts:
     def test_several_weights_after_a_norm(self, rows, depth):
         x, scale = draw(0, rows, depth), draw(1, depth)
         weights = [draw(2, depth, 40), draw(3, depth, 24), draw(4, depth, 1030)]
-        results = products_gpu.skinny_matmul(x, weights, scale, eps=1e-3, tiling=SMALL, interpret=True)
+        results = products_gpu.skinny_matmul(x, weights, scale, eps=1e-3, tiling=SMALL, interpret=INTERPRET)
         for result, weight in zip(results, weights, strict=True):
             np.testing.assert_allclose(result, normalised(x, 1e-3) * scale @ weight, **CLOSE)
 
     def test_without_a_norm(self):
         x, weight = draw(0, 2, 100), draw(1, 100, 33)
-        (result,) = products_gpu.skinny_matmul(x, [weight], tiling=SMALL, interpret=True)
+        (result,) = products_gpu.skinny_matmul(x, [weight], tiling=SMALL, interpret=INTERPRET)
         np.testing.assert_allclose(result, x @ weight, **CLOSE)
 
     @pytest.mark.parametrize(("rows", "groups", "splits"), [(1, 1, 4), (3, 2, 4), (2, 2, 2)])
     def test_pieces_joined_with_a_grouped_norm_and_a_residual(self, rows, groups, splits):
         x, weight, scale, residual = draw(0, rows, 128), draw(1, 128, 48), draw(2, 128), draw(3, rows, 48)
-        pieces = products_gpu.split_matmul(x, weight, scale, splits=splits, tiling=SMALL, interpret=True)
+        pieces = products_gpu.split_matmul(x, weight, scale, splits=splits, tiling=SMALL, interpret=INTERPRET)
         assert pieces.shape == (splits, rows, 48)
-        result = products_gpu.join(pieces, x, residual, groups=groups, eps=1e-2, dtype=jnp.float32, interpret=True)
+        result = products_gpu.join(pieces, x, residual, groups=groups, eps=1e-2, dtype=jnp.float32, interpret=INTERPRET)
         expected = normalised(x, 1e-2, groups) * scale @ weight + residual
         np.testing.assert_allclose(result, expected, **CLOSE)
 
     def test_pieces_joined_alone(self):
         x, weight = draw(0, 1, 128), draw(1, 128, 48)
-        pieces = products_gpu.split_matmul(x, weight, splits=2, tiling=SMALL, interpret=True)
-        result = products_gpu.join(pieces, dtype=jnp.float32, interpret=True)
+        pieces = products_gpu.split_matmul(x, weight, splits=2, tiling=SMALL, interpret=INTERPRET)
+        result = products_gpu.join(pieces, dtype=jnp.float32, interpret=INTERPRET)
         np.testing.assert_allclose(result, x @ weight, **CLOSE)
 
     @pytest.mark.parametrize(("depth", "groups"), [(4096, 1), (7168, 2), (2048, 1), (100, 1), (90, 3)])
@@ -66,7 +77,9 @@ class TestProducts:
     @pytest.mark.parametrize("activation", products_gpu.ACTIVATIONS)
     def test_gated_activation(self, activation):
         gate_up, low, up = draw(0, 3, 80), draw(1, 3, 12), draw(2, 12, 80)
-        result = products_gpu.gated_activation(gate_up, low, up, activation=activation, tiling=SMALL, interpret=True)
+        result = products_gpu.gated_activation(
+            gate_up, low, up, activation=activation, tiling=SMALL, interpret=INTERPRET
+        )
         plain = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "silu": jax.nn.silu, "relu": jax.nn.relu}
         plain["swish"] = plain["silu"]
         whole = gate_up + low @ up
@@ -74,7 +87,9 @@ class TestProducts:
 
     def test_head(self):
         x, embedding = draw(0, 3, 36), draw(1, 50, 36)
-        np.testing.assert_allclose(products_gpu.head_matmul(x, embedding, interpret=True), x @ embedding.T, **CLOSE)
+        np.testing.assert_allclose(
+            products_gpu.head_matmul(x, embedding, interpret=INTERPRET), x @ embedding.T, **CLOSE
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -101,7 +116,7 @@ def test_mamba_projections(rows, bias, limit, masked):
         eps=1e-3,
         limit=limit,
         tiling=SMALL,
-        interpret=True,
+        interpret=INTERPRET,
     )
     u = normalised(x, 1e-3) * scale
     wide = u @ zx
@@ -124,7 +139,7 @@ def test_state_step(groups, dtype):
     bc, a_log, skip = draw(3, rows, 2 * groups * size), draw(4, heads), draw(5, heads)
     dt = jnp.abs(draw(6, rows, heads)).at[0].set(0.0)
     gated, new = state_gpu.state_step(
-        state, x, z, bc, dt, a_log, skip, groups=groups, rows_per_program=8, warps=1, interpret=True
+        state, x, z, bc, dt, a_log, skip, groups=groups, rows_per_program=8, warps=1, interpret=INTERPRET
     )
     B, C = bc.reshape(rows, 2, groups, size).swapaxes(0, 1)
     y, expected = ssd_step(state, x.reshape(rows, heads, headdim), dt, -jnp.exp(a_log), B, C, skip)
@@ -163,7 +178,7 @@ class TestCachedAttention:
     @SHAPES
     def test_kernel(self, rows, heads, kv_heads, head_dim, slots, length):
         arguments, expected = self.case(rows, heads, kv_heads, head_dim, slots, length)
-        result = cached_attention(*arguments, scale=0.3, implementation="pallas_gpu", interpret=True)
+        result = cached_attention(*arguments, scale=0.3, implementation="pallas_gpu", interpret=INTERPRET)
         np.testing.assert_allclose(result, expected, **CLOSE)
 
     @pytest.mark.parametrize("parts", [1, 2, 8])
@@ -177,7 +192,7 @@ class TestCachedAttention:
             length,
             scale=0.3,
             masked_score=-1e30,
-            interpret=True,
+            interpret=INTERPRET,
             slots_per_step=8,
             parts=parts,
         )
@@ -186,9 +201,10 @@ class TestCachedAttention:
     def test_a_row_that_sees_nothing_stays_finite(self):
         (query, key, value, mask, length), _ = self.case(2, 2, 2, 16, 24, 10)
         mask = mask.at[0].set(False)
-        for form in ({"implementation": "xla"}, {"implementation": "pallas_gpu", "interpret": True}):
+        for form in ({"implementation": "xla"}, {"implementation": "pallas_gpu", "interpret": INTERPRET}):
             assert np.isfinite(cached_attention(query, key, value, mask, length, scale=0.3, **form)).all()
 
+    @pytest.mark.skipif(not INTERPRET, reason="there is a GPU")
     def test_a_kernel_that_cannot_serve_raises(self):
         arguments, _ = self.case(2, 2, 2, 16, 24, 10)
         with pytest.raises(ValueError, match=r"pallas_gpu.*needs a GPU"):
@@ -228,7 +244,7 @@ def test_rotate_and_store(rows, adapter, rope):
         key_cache,
         value_cache,
         jnp.int32(4),
-        interpret=True,
+        interpret=INTERPRET,
     )
     if adapter:
         projected = [array + left @ right for array, left, right in zip(projected, low, up, strict=True)]

@@ -163,7 +163,7 @@ def _adapter(low, up, column, row, dtype):
         if block == 1:
             total += (left.astype(jnp.float32).reshape(depth, 1) * right.astype(jnp.float32)).sum(axis=0)[None, :]
         else:
-            total += plgpu.dot(left.astype(right.dtype), right)
+            total += plgpu.dot(left.astype(right.dtype), right, precision=jax.lax.Precision.HIGHEST)
     return total.astype(dtype).astype(jnp.float32)
 
 

@@ -28,15 +28,16 @@ class Tiling:
     Attributes:
         columns: width of the strip.
         warps: of the program.
-        fold: loads of 16 bytes that a thread issues as one tile. One tensor, because Triton's time to compile grows
-            faster than the number of its operations.
+        fold: loads of 16 bytes that a thread issues as one tile. More make fewer operations, in whose number Triton's
+            time to compile grows faster than linearly; fewer make fewer registers, so that two programs fit where one
+            waits.
         turns: tiles under way at a time; while one is multiplied, the others arrive.
     """
 
     columns: int = 64
     warps: int = 8
-    fold: int = 4
-    turns: int = 2
+    fold: int = 2
+    turns: int = 4
 
     @property
     def lanes(self) -> int:
