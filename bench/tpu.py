@@ -3,7 +3,7 @@
 No TPU is needed, libtpu is (pip install libtpu), and one process at a time may use it. Each program is compiled in a
 process of its own (`bench.tpu_compile`), for one chip or, where one cannot hold it, for the smallest slice that can,
 parameters split over its chips by `zamba2_jax.sharding.RULES` ("fsdp"). The training step is loss and gradient,
-rematerialised, layers scanned, float32 parameters; no optimiser, whose state would come on top.
+rematerialised, float32 parameters; no optimiser, whose state would come on top.
 """
 
 from __future__ import annotations

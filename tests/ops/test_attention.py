@@ -283,9 +283,9 @@ def chosen(monkeypatch, platform, arguments, **options):
     """Which implementation None stands for on a platform: the backends are replaced by ones that report themselves."""
     calls = []
     monkeypatch.setattr(module, "platform", lambda: platform)
-    monkeypatch.setattr(module, "_is_hopper_or_newer", lambda: True)
+    monkeypatch.setattr(module, "compute_capability", lambda: 9.0)
     monkeypatch.setattr(module, "masked_attention", lambda query, *_, **__: calls.append("xla") or query)
-    monkeypatch.setattr(module, "_splash", lambda query, *_: calls.append("splash") or query)
+    monkeypatch.setattr(module, "_splash", lambda query, *_, **__: calls.append("splash") or query)
     monkeypatch.setattr(module, "causal_attention", lambda query, *_, **__: calls.append("xla") or query)
 
     def dot_product_attention(query, *_, implementation, **__):
@@ -380,17 +380,17 @@ class TestErrors:
 # Compiles forward and backward for a TPU that is not there. The mesh says so, and None must then choose the kernel.
 SPLASH_PROGRAM = """
     import sys
-    import jax, jax.numpy as jnp
+    import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
     from zamba2_jax.ops.attention import attention
 
-    head_dim = int(sys.argv[1])
+    head_dim, rows, heads = map(int, sys.argv[1:])
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
-    here = NamedSharding(mesh, PartitionSpec())
-    query = jax.ShapeDtypeStruct((2, 512, 4, head_dim), jnp.bfloat16, sharding=here)
-    ids = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=here)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[: rows * heads]).reshape(rows, heads), ("data", "tensor"))
+    by_row, by_head = (NamedSharding(mesh, PartitionSpec("data", *rest)) for rest in ((), (None, "tensor")))
+    query = jax.ShapeDtypeStruct((2, 512, 4, head_dim), jnp.bfloat16, sharding=by_head)
+    ids = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=by_row)
 
     def loss(query, key, value, ids):
         out = attention(query, key, value, scale=0.1, is_causal=True, segment_ids=(ids, ids))
@@ -404,8 +404,9 @@ SPLASH_PROGRAM = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU compiler: pip install 'jax[tpu]'")
-@pytest.mark.parametrize("head_dim", [128, 160, 224])
-def test_splash_compiles_for_a_tpu(head_dim):
+@pytest.mark.parametrize(("head_dim", "rows", "heads"), [(128, 1, 1), (160, 1, 1), (224, 1, 1), (128, 2, 2)])
+def test_splash_compiles_for_tpus(head_dim, rows, heads):
+    """On one chip, and on four: rows over two, heads over two."""
     variables = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -413,7 +414,7 @@ def test_splash_compiles_for_a_tpu(head_dim):
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     }
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SPLASH_PROGRAM), str(head_dim)],
+        [sys.executable, "-c", textwrap.dedent(SPLASH_PROGRAM), *map(str, (head_dim, rows, heads))],
         env=os.environ | variables,
         capture_output=True,
         text=True,

@@ -5,11 +5,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
-from zamba2_jax.ops._platform import platform
+from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
+from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 from zamba2_jax.ops.cudnn_attention import cudnn_attention
+from zamba2_jax.sharding import BATCH_AXES, RULES
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
@@ -85,7 +88,7 @@ def attention(
         case "reference":
             return _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))[0]
         case "splash":
-            return _splash(query, key, value, scale, segment_ids)
+            return _splash_on_mesh(query, key, value, scale, segment_ids)
         case "xla" if is_causal and mask is None:
             return causal_attention(query, key, value, scale=scale, segment_ids=segment_ids, masked_score=MASKED_SCORE)
         case "xla" if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):
@@ -274,15 +277,11 @@ def _cudnn_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
         return f"query has dtype {query.dtype}; it takes bfloat16 and float16"
     if head_dim % 8 or head_dim > 256:
         return f"head_dim is {head_dim}; it takes multiples of 8 up to 256"
-    if head_dim > 128 and not _is_hopper_or_newer():
+    if head_dim > 128 and compute_capability() < 9.0:
         return f"head_dim is {head_dim}; it takes more than 128 on compute capability 9.0 and newer only"
     if segment_ids is not None:
         return "segment_ids were given, which would become a mask with a number for every pair of tokens"
     return None
-
-
-def _is_hopper_or_newer() -> bool:
-    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= 9.0
 
 
 def _is_large(query, key) -> bool:
@@ -304,7 +303,21 @@ def _splash_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
     return None
 
 
-def _splash(query, key, value, scale, segment_ids) -> jax.Array:
+def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
+    """On a mesh, every device runs the kernel on its own rows and heads, key heads with those that read them."""
+    sizes = automatic_axes()
+    rows = dividing(BATCH_AXES, sizes, query.shape[0])
+    heads = dividing((RULES["kv_heads"],), sizes, key.shape[2])
+    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    return on_each_device(
+        functools.partial(_splash, scale=scale),
+        (query, key, value, segment_ids),
+        (by_head, by_head, by_head, by_row),
+        by_head,
+    )
+
+
+def _splash(query, key, value, segment_ids, *, scale) -> jax.Array:
     # Imported here: the kernel's module is of use on a TPU only, and Pallas is slow to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,

@@ -61,12 +61,12 @@ normalise.defvjp(_normalise_forward, _normalise_backward)
 class _Group:
     """One group of channels of a token: loads, stores, and the float32 values that both passes need."""
 
-    def __init__(self, size: int, width: int, eps: float):
+    def __init__(self, size: int, eps: float):
         self._block = 1 << (size - 1).bit_length()
         self._first = pl.program_id(1) * size
         self._inside = jnp.arange(self._block) < size
         self._masked = self._block != size
-        self._size, self._width, self._eps = size, width, eps
+        self._size, self._eps = size, eps
 
     def load(self, ref, *row, offset: int = 0) -> jax.Array:
         part = ref.at[(*row, pl.ds(offset + self._first, self._block))]
@@ -97,7 +97,7 @@ def _forward(y, gate, scale, options: Options) -> jax.Array:
     size = y.shape[1] // options.groups
 
     def body(y_ref, gate_ref, scale_ref, out_ref):
-        group = _Group(size, y.shape[1], options.eps)
+        group = _Group(size, options.eps)
         gate = group.load(gate_ref, offset=offset)
         gated = group.load(y_ref) * gate * jax.nn.sigmoid(gate)
         # Rounded before the scale, as the checkpoints were trained.
@@ -127,7 +127,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
     blocks = pl.cdiv(tokens, TOKENS)
 
     def body(y_ref, gate_ref, scale_ref, dout_ref, dy_ref, dgate_ref, dscale_ref):
-        group = _Group(size, channels, options.eps)
+        group = _Group(size, options.eps)
         scale = group.load(scale_ref)
         first = pl.program_id(0) * TOKENS
 

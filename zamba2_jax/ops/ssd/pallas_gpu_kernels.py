@@ -260,15 +260,7 @@ def backward_heads(x, dt, s: Sums, B, C, D, starts, dy, ends, launch: Launch) ->
         kernel,
         "ssd_backward_heads",
         grid=(blocks.count, pl.cdiv(length, launch.chunk), batch),
-        in_specs=[
-            blocks.tokens,
-            *[blocks.steps] * (1 + len(s)),
-            *[blocks.group] * 2,
-            blocks.state,
-            blocks.tokens,
-            blocks.state,
-            *specs,
-        ],
+        in_specs=[*blocks.operands(s), *specs],
         out_specs=[blocks.tokens, *[blocks.steps] * 4, blocks.state_rows],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -312,14 +304,7 @@ def backward_groups(x, dt, s: Sums, B, C, starts, dy, ends, launch: Launch) -> t
         kernel,
         "ssd_backward_groups",
         grid=(blocks.count, pl.cdiv(length, launch.chunk), batch),
-        in_specs=[
-            blocks.tokens,
-            *[blocks.steps] * (1 + len(s)),
-            *[blocks.group] * 2,
-            blocks.state,
-            blocks.tokens,
-            blocks.state,
-        ],
+        in_specs=blocks.operands(s),
         out_specs=[blocks.partial] * 2,
         out_shape=[jax.ShapeDtypeStruct((blocks.per_group, *B.shape), jnp.float32)] * 2,
     )(x, dt, *s, B, C, starts, dy, ends)
@@ -387,6 +372,11 @@ class _HeadBlocks:
             count=groups * each,
             per_group=each,
         )
+
+    def operands(self, s: Sums) -> list[pl.BlockSpec]:
+        """x, dt, s, B, C, starts, dy, ends: what both halves of the backward pass read."""
+        steps = [self.steps] * (1 + len(s))
+        return [self.tokens, *steps, self.group, self.group, self.state, self.tokens, self.state]
 
 
 def _optional(array: jax.Array | None, spec: pl.BlockSpec) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
