@@ -1,0 +1,1 @@
+"""Training programs over zamba2_jax: `python -m train`."""
