@@ -16,6 +16,7 @@ from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
 from zamba2_jax.layers.projection import projection
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
+from zamba2_jax.sharding import constrain
 from zamba2_jax.tokens import TokenLayout
 
 # The places of the gate and of the recurrence's input in the product that makes both.
@@ -69,9 +70,9 @@ class Mamba2Mixer(nnx.Module):
         if layout.token_mask is not None:
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
-        zx = projection(self.zx_proj(hidden))
-        bc = projection(self.bc_proj(hidden))
-        raw_dt = projection(self.dt_proj(hidden))
+        zx = projection(constrain(self.zx_proj(hidden), "batch", "length", None, "mamba_inner"))
+        bc = projection(constrain(self.bc_proj(hidden), "batch", "length", None, "mamba_groups"))
+        raw_dt = projection(constrain(self.dt_proj(hidden), "batch", "length", "mamba_heads"))
 
         if state is not None and hidden.shape[1] == 1:
             y, state = self._step(zx, bc, raw_dt, layout, state)
@@ -180,7 +181,7 @@ class MambaLayer(nnx.Module):
             return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)
         mixer_input = hidden if transformer_output is None else hidden + transformer_output
         mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state)
-        return hidden + mixed, state
+        return constrain(hidden + mixed, "batch", "length", None), state
 
 
 def _initial_dt_bias(config: Zamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:

@@ -68,7 +68,9 @@ class QuantizedEmbed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (b, l) -> (b, l, d)."""
-        return take_int8(self.values[...], self.scale[...], ids).astype(self.dtype)
+        ids = constrain(ids, "lookup_batch", None)  # as in Embed
+        vectors = take_int8(self.values[...], self.scale[...], ids).astype(self.dtype)
+        return constrain(constrain(vectors, "lookup_batch", None, "embed"), "batch", "length", None)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., d) -> (..., v): scores against every embedding."""

@@ -25,6 +25,7 @@ from zamba2_jax.layers.projection import projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
 from zamba2_jax.ops.decode.cached_attention import cached_attention
+from zamba2_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -78,9 +79,9 @@ class SharedAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
-        query = self._heads(self.q_proj(x), use.q_adapter, x)
-        key = self._heads(self.k_proj(x), use.k_adapter, x)
-        value = self._heads(self.v_proj(x), use.v_adapter, x)
+        query = self._heads(self.q_proj(x), use.q_adapter, x, "q_heads")
+        key = self._heads(self.k_proj(x), use.k_adapter, x, "kv_heads")
+        value = self._heads(self.v_proj(x), use.v_adapter, x, "kv_heads")
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
@@ -117,10 +118,13 @@ class SharedAttention(nnx.Module):
         mixed = projection(self.o_proj(mixed.reshape(*mixed.shape[:2], -1)))
         return mixed, past, weights if context.return_weights else None
 
-    def _heads(self, projected: jax.Array, adapter: Adapter | None, x: jax.Array) -> Float[Array, "b l heads head_dim"]:
+    def _heads(
+        self, projected: jax.Array, adapter: Adapter | None, x: jax.Array, axis: str
+    ) -> Float[Array, "b l heads head_dim"]:
         if adapter is not None:
             projected = projected + adapter(x)
-        return projection(projected).reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
+        heads = projection(projected).reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
+        return constrain(heads, "batch", "length", axis, None)
 
 
 class SharedMLP(nnx.Module):
@@ -141,7 +145,7 @@ class SharedMLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "b l d"], adapter: Adapter) -> Float[Array, "b l d"]:
-        gate_up = projection(self.gate_up_proj(x) + adapter(x))
+        gate_up = projection(constrain(self.gate_up_proj(x) + adapter(x), "batch", "length", None, "mlp"))
         return projection(self.down_proj(ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]))
 
 
@@ -169,8 +173,8 @@ class SharedTransformerBlock(nnx.Module):
             return *decoding.shared_block_step(self, hidden, embedded, use, context, past), None
         x = self.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))
         x, past, weights = self.self_attn(x, use, context, past)
-        x = self.feed_forward(self.pre_ff_layernorm(x), use.gate_up_adapter)
-        return use.linear(x), past, weights
+        x = self.feed_forward(self.pre_ff_layernorm(constrain(x, "batch", "length", None)), use.gate_up_adapter)
+        return constrain(use.linear(constrain(x, "batch", "length", None)), "batch", "length", None), past, weights
 
 
 class SharedBlockUse(nnx.Module):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
-from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
+from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 from zamba2_jax.ops.cudnn_attention import cudnn_attention
-from zamba2_jax.sharding import BATCH_AXES, RULES
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")

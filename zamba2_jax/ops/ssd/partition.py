@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
-from zamba2_jax.sharding import BATCH_AXES, RULES
+from zamba2_jax.ops._mesh import on_each_device
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing
 
 
 def partitioned(
