@@ -60,16 +60,15 @@ class Skeleton:
 
     Args:
         model: concrete or abstract (`nnx.eval_shape`).
-        trainable: the kind of its trained parameters, `nnx.Param` for all or `nnx.LoRAParam`.
+        trainable: an NNX filter of its trained parameters, `nnx.Param` for all or `zamba2_jax.lora.trainable(model)`.
     """
 
-    def __init__(self, model: nnx.Module, trainable: type[nnx.Variable] = nnx.Param):
+    def __init__(self, model: nnx.Module, trainable: nnx.filterlib.Filter = nnx.Param):
         self.config = model.config
         self._graph, state = nnx.split(model)
         self._variables = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
-        self._trained = {
-            name: issubclass(type(variable), trainable) for name, (_, variable) in self._variables.items()
-        }
+        chosen = nnx.filterlib.to_predicate(trainable)
+        self._trained = {name: chosen(path, variable) for name, (path, variable) in self._variables.items()}
 
     def build(self, params: Params, frozen: Params) -> nnx.Module:
         """The model with these arrays."""
@@ -78,10 +77,11 @@ class Skeleton:
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
     def split(self, model: nnx.Module) -> tuple[Params, Params]:
-        """The trained and the frozen arrays of a model like this one."""
+        """The trained arrays, in float32, and the frozen ones of a model like this one."""
         _, state = nnx.split(model)
         arrays = {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-        return self._part(arrays, True), self._part(arrays, False)
+        trained = {name: array.astype(jnp.float32) for name, array in self._part(arrays, True).items()}
+        return trained, self._part(arrays, False)
 
     def abstract(self, mesh: Mesh) -> tuple[Params, Params]:
         """Shapes, dtypes and shardings of the trained and the frozen arrays.
@@ -92,7 +92,9 @@ class Skeleton:
         state = nnx.from_flat_state([(path, variable) for path, variable in self._variables.values()])
         shardings = dict(nnx.to_flat_state(param_shardings(state, mesh)))
         arrays = {
-            name: jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=shardings[path])
+            name: jax.ShapeDtypeStruct(
+                variable.shape, jnp.float32 if self._trained[name] else variable.dtype, sharding=shardings[path]
+            )
             for name, (path, variable) in self._variables.items()
         }
         return self._part(arrays, True), self._part(arrays, False)
@@ -128,9 +130,14 @@ class Program:
     def abstract_batch(self, shapes: Mapping[str, tuple[int, ...]]) -> Batch:
         """int32 arrays of these shapes, spread over the mesh as batches are."""
         return {
-            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows_sharding(self.mesh, len(shape)))
             for name, shape in shapes.items()
         }
+
+
+def rows_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Of a batch's arrays, (b, l) or (b,): rows over data and fsdp, a row's tokens over sequence."""
+    return NamedSharding(mesh, PartitionSpec(*batch_sharding(mesh).spec[:ndim]))
 
 
 def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Loss, count: Count) -> Program:
