@@ -1,12 +1,13 @@
 """Zamba2 in JAX: load Hugging Face checkpoints, generate, and hand the weights back to PyTorch.
 
 >>> from zamba2_jax import Zamba2ForCausalLM
->>> model = Zamba2ForCausalLM.from_pretrained("Zyphra/Zamba2-1.2B", dtype="bfloat16")
+>>> model = Zamba2ForCausalLM.from_pretrained("Zyphra/Zamba2-1.2B", dtype="bfloat16")  # or "demo", which is shipped
 >>> tokens = model.generate(**tokenizer("Hello", return_tensors="np"), max_new_tokens=20)
 """
 
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.hub import demo_path
 from zamba2_jax.models import Zamba2ForCausalLM, Zamba2ForSequenceClassification, Zamba2Model
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from zamba2_jax.quantization import quantize
@@ -22,5 +23,6 @@ __all__ = [
     "Zamba2ForCausalLM",
     "Zamba2ForSequenceClassification",
     "Zamba2Model",
+    "demo_path",
     "quantize",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zamba2_jax.hub import hub_id
+from zamba2_jax.hub import as_path, hub_id
 
 LAYER_KINDS = {"mamba": "mamba", "linear_attention": "mamba", "m": "mamba", "hybrid": "hybrid", "g": "hybrid"}
 """Every accepted spelling of a layer kind -> ours."""
@@ -187,7 +187,7 @@ def find_config(
     local_files_only: bool,
 ) -> Path:
     """Path of the config.json of a directory or hub repository; `FileNotFoundError` says what was looked for."""
-    path = Path(name_or_path).expanduser()
+    path = as_path(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in the directory {path}")

@@ -1,8 +1,24 @@
-"""Telling names on the Hugging Face hub from paths."""
+"""Telling apart the names that a checkpoint can go by: a directory, the model that is shipped, a hub repository."""
 
 import os
 import re
 from pathlib import Path
+
+DEMO = "demo"
+
+
+def demo_path() -> Path:
+    """Directory of the small model that comes with this package: weights, config, tokenizer and model card.
+
+    `from_pretrained("demo")` reads it, and `AutoTokenizer.from_pretrained(demo_path())` its tokenizer.
+    """
+    return Path(__file__).with_name(DEMO)
+
+
+def as_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """The path that is meant: of the shipped model for "demo", unless something here has that name."""
+    path = Path(name_or_path).expanduser()
+    return demo_path() if str(name_or_path) == DEMO and not path.exists() else path
 
 
 def hub_id(name_or_path: str | os.PathLike[str]) -> str | None:

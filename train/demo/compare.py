@@ -1,7 +1,7 @@
-"""`python -m train.demo.compare MODEL CORPUS`: held-out loss of a model beside that of a 5-gram model of the same tokens.
+"""`python -m train.demo.compare MODEL CORPUS`: held-out loss of a model beside that of a 5-gram model.
 
-Both predict the same tokens: all of every held-out document but its first, the end token included. The model sees at most
-`--window` tokens back, within the document.
+Both predict the same tokens: all of every held-out document but its first, the end token included. The model sees at
+most `--window` tokens back, within the document.
 """
 
 from __future__ import annotations

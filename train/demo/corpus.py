@@ -60,9 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
     root = Path(sysconfig.get_paths()["stdlib"])
     for side, (count, characters) in write_corpus(arguments.directory, root).items():
-        print(
-            f"{arguments.directory / side}.jsonl: {count:,} files of Python {sys.version.split()[0]}, {characters:,} characters"
-        )
+        files = f"{count:,} files of Python {sys.version.split()[0]}"
+        print(f"{arguments.directory / side}.jsonl: {files}, {characters:,} characters")
 
 
 if __name__ == "__main__":

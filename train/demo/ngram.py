@@ -1,8 +1,8 @@
 """A 5-gram model with interpolated modified Kneser-Ney smoothing: what a small neural model has to beat.
 
-Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 3: the highest order
-counts occurrences, lower orders count the distinct tokens that precede; each order has three discounts, for counts of
-one, two, and three or more; below the single tokens stands the uniform distribution.
+Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 3: the highest
+order counts occurrences, lower orders count the distinct tokens that precede; each order has three discounts, for
+counts of one, two, and three or more; below the single tokens stands the uniform distribution.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zamba2_jax.checkpoint.pickles import read_pickle
 from zamba2_jax.checkpoint.safetensors import TensorInfo, read_header
-from zamba2_jax.hub import hub_id
+from zamba2_jax.hub import as_path, hub_id
 
 # Files that belong to a checkpoint besides its weights, carried along when one is converted.
 COMPANIONS = (
@@ -39,7 +39,7 @@ def find_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory of a checkpoint, downloaded from the hub if it is not one on this machine.
+    """The directory of a checkpoint, downloaded from the hub if it is not one on this machine; "demo" is shipped.
 
     Pickles are downloaded only from a repository without safetensors.
 
@@ -48,7 +48,7 @@ def find_checkpoint(
         OSError: the download failed for another reason, such as a full disk.
         ValueError: a file instead of a directory.
     """
-    path = Path(name_or_path).expanduser()
+    path = as_path(name_or_path)
     if path.is_dir():
         return path
     if path.exists():
