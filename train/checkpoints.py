@@ -21,8 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.step import Params, TrainState
 from zamba2_jax.checkpoint.destination import no_room
-
-CHECKPOINTS = "checkpoints"
+from zamba2_jax.checkpoint.files import CHECKPOINTS
 
 
 class Checkpoints:
