@@ -48,7 +48,10 @@ class Checkpoints:
             )
         self._manager = ocp.CheckpointManager(
             (directory / CHECKPOINTS).absolute(),
-            item_names=(kind, "optimizer", "progress", "data"),
+            item_handlers={
+                **{name: ocp.StandardCheckpointHandler() for name in (kind, "optimizer", "progress")},
+                "data": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
@@ -111,7 +114,7 @@ class Checkpoints:
                 f"{self._manager.directory / str(step)} holds no {self._kind!r}: it is of another kind of run "
                 f"({'full training' if self._kind == 'lora' else 'a LoRA'})."
             )
-        stored = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(metadata, sep=".").items()}
+        stored = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(metadata.tree, sep=".").items()}
         wanted = {name: tuple(leaf.shape) for name, leaf in params.items()}
         differing = sorted(name for name, _ in stored.items() ^ wanted.items())
         if differing:

@@ -44,6 +44,9 @@ def find_checkpoint(
 ) -> Path:
     """The directory of a checkpoint, downloaded from the hub if it is not one on this machine; "demo" is shipped.
 
+    Of a training run's directory it is the one of its last checkpoint, or of step N for RUN@N; config and tokenizer
+    are in the run's own (`settings_directory`).
+
     Pickles are downloaded only from a repository without safetensors.
 
     Raises:
@@ -53,7 +56,10 @@ def find_checkpoint(
     """
     path = as_path(name_or_path)
     if path.is_dir():
-        return path
+        return _step_of_run(path, None) if is_run(path) else path
+    run, at, step = str(path).rpartition("@")
+    if at and is_run(Path(run)):
+        return _step_of_run(Path(run), step)
     if path.exists():
         raise ValueError(f"{name_or_path} is a file; give the directory with config.json and the weights.")
     name = hub_id(name_or_path)
