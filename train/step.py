@@ -195,9 +195,6 @@ def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Los
         }
         return state, metrics
 
-    def eval_step(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss(skeleton.build(params, frozen), batch, None, jnp.ones((), jnp.float32)), count(batch)
-
     # ---- the same as abstract values
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(init_state, params, key)
@@ -213,12 +210,23 @@ def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Los
     )
     return Program(
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated)),
-        eval_step=jax.jit(eval_step, out_shardings=replicated),
+        eval_step=make_eval_step(skeleton, loss, count, mesh),
         init_state=jax.jit(init_state, donate_argnums=0, out_shardings=shardings),
         state=state,
         frozen=frozen,
         mesh=mesh,
     )
+
+
+def make_eval_step(
+    skeleton: Skeleton, loss: Loss, count: Count, mesh: Mesh
+) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Jitted: (params, frozen, batch) -> (summed loss, count), without dropout."""
+
+    def eval_step(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss(skeleton.build(params, frozen), batch, None, jnp.ones((), jnp.float32)), count(batch)
+
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _summed_gradient(
