@@ -206,6 +206,17 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     return shardings
 
 
+def abstract_params(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """The state with a `jax.ShapeDtypeStruct` that says where it lies for each parameter: what a program is compiled
+    for ahead of time. Arguments and errors as of `param_shardings`."""
+
+    def abstract(sharding, param):
+        value = param.get_value()
+        return param.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    return jax.tree.map(abstract, param_shardings(state, mesh), state)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` itself, which on the mesh in use (`jax.set_mesh`) is to lie where its logical axes say.
 
@@ -238,6 +249,12 @@ def length_axis(length: int) -> str | None:
     """The mesh axis that the `length` tokens of a row are spread over; None where each device has all of them."""
     parts = automatic_axes().get(LENGTH_AXIS, 1)
     return LENGTH_AXIS if parts > 1 and length % parts == 0 else None
+
+
+def length_parts(length: int) -> int:
+    """Over how many devices the `length` tokens of a row are spread."""
+    axis = length_axis(length)
+    return 1 if axis is None else automatic_axes()[axis]
 
 
 def automatic_axes() -> dict[str, int]:

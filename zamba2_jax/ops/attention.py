@@ -14,7 +14,7 @@ from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 from zamba2_jax.ops.cudnn_attention import cudnn_attention
 from zamba2_jax.ops.sequence_attention import causal_attention as sequence_attention
-from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, constrain, dividing, length_axis
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, constrain, dividing, length_axis, length_parts
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
@@ -305,17 +305,11 @@ def _splash_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
         return "mask was given; it takes is_causal and segment_ids only"
     if not is_causal:
         return "is_causal is False; it is set up for causal attention only"
-    parts = _parts(queries)
+    parts = length_parts(queries)
     if queries % (parts * SPLASH_BLOCKS[-1]) or keys % (parts * SPLASH_BLOCKS[-1]):
         of_device = "" if parts == 1 else f" on {parts} devices"
         return f"there are {queries} queries and {keys} keys{of_device}; it takes multiples of {SPLASH_BLOCKS[-1]}"
     return None
-
-
-def _parts(length: int) -> int:
-    """Over how many devices a row's tokens are spread."""
-    axis = length_axis(length)
-    return automatic_axes()[axis] if axis else 1
 
 
 def _specs(query, key) -> tuple[PartitionSpec, PartitionSpec]:
@@ -347,7 +341,7 @@ def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
     by_head, by_token = _specs(query, key)
     tokens = length_axis(query.shape[1])
     heads = query.shape[2] // math.prod(automatic_axes()[axis] for axis in by_head[2] or ())
-    kernel = _splash_kernel(query.shape[1], heads, _parts(query.shape[1]))
+    kernel = _splash_kernel(query.shape[1], heads, length_parts(query.shape[1]))
     of_kernel = PartitionSpec()
     if tokens is not None:
         mesh = jax.sharding.get_abstract_mesh()

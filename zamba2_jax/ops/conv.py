@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_shape
 from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import fused_gpu_obstacle
-from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing, length_axis
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing, length_axis, length_parts
 
 Activation = Literal["silu"]
 ACTIVATIONS = ("silu",)
@@ -88,7 +88,7 @@ def causal_conv(
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     window = initial_window.astype(x.dtype)
-    parts = _parts(length)
+    parts = length_parts(length)
     if from_nothing and parts > 1 and length // parts >= width - 1 > 0:
         options = {"activation": activation, "implementation": implementation, "interpret": interpret}
         y = _spread(functools.partial(causal_conv, **options), x, kernel, bias, run_start, segment_ids, part)
@@ -185,18 +185,12 @@ def _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, in
     )
 
 
-def _parts(length: int) -> int:
-    """Over how many devices a row's tokens are spread."""
-    axis = length_axis(length)
-    return automatic_axes()[axis] if axis else 1
-
-
 def _spread(convolve, x, kernel, bias, run_start, segment_ids, part) -> jax.Array:
     """y where a row's tokens are spread over devices: each is handed the last k - 1 inputs of the one before it, as an
     initial window."""
     batch, length = x.shape[:2]
     width, *channels = kernel.shape
-    axis, parts = length_axis(length), _parts(length)
+    axis, parts = length_axis(length), length_parts(length)
     if run_start is not None:
         # What precedes the run is absent: as if it were zero, for a run without a window. It is the first token of a
         # run, not of a device's part, that has nothing before it.
