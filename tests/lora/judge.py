@@ -45,7 +45,8 @@ def randomize(model, seed=2):
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(".".join(map(str, path)).encode()))
         size = 0.3 if "up" in path else variable.shape[0] ** -0.5
-        variable.set_value(size * jax.random.normal(key, variable.shape))
+        draws = size * jax.random.normal(key, variable.shape)
+        variable.set_value(jax.device_put(draws, variable.get_value().sharding))
     return model
 
 

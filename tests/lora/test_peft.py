@@ -201,7 +201,7 @@ def test_loras_of_uses_become_part_of_zambas_own_adapters(oracle_dir, tmp_path):
     expected = jit_call(ours)(input_ids=input_ids).logits
     save_lora(ours, tmp_path / "adapter")
     check_with_peft(models, tmp_path / "adapter", input_ids, expected)
-    with pytest.raises(ValueError, match="gate_up_proj, k_proj, q_proj belong .*raise_adapter_rank=True"):
+    with pytest.raises(ValueError, match=r"gate_up_proj, k_proj, q_proj belong .*raise_adapter_rank=True"):
         merge_lora(ours)
     merge_lora(ours, raise_adapter_rank=True)
     assert ours.config.adapter_rank == models.jax.config.adapter_rank + 3

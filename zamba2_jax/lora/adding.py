@@ -26,9 +26,9 @@ def add_lora(
     """Adds LoRAs to a model, in place. Its outputs stay what they were until B is trained.
 
     The new parameters are `nnx.LoRAParam`s beside the model's own, which keep their names; `trainable` selects them.
-    They are split over the devices of a model that is, work under `nnx.eval_shape` and `jax.jit`, and beside
-    quantised weights (`quantize`), which then stay as they are. Decoding on a GPU takes the layers' plain form until
-    they are merged (`merge_lora`).
+    They are split over the devices of a model that is, and work under `nnx.eval_shape` and `jax.jit`. Decoding on a
+    GPU takes the layers' plain form until they are merged (`merge_lora`). Beside quantised weights (`quantize`) they
+    are for inference, as these are: gradients do not pass through a quantised model.
 
     Args:
         model: one of the three models, without LoRAs.
