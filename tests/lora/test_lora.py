@@ -31,7 +31,7 @@ from zamba2_jax.sharding import param_shardings
 
 # Two shared blocks; the first has two uses, the second one.
 CONFIG = Zamba2Config(
-    vocab_size=61,
+    vocab_size=62,
     hidden_size=32,
     num_hidden_layers=5,
     layers_block_type=["mamba", "hybrid", "hybrid", "mamba", "hybrid"],
@@ -49,7 +49,7 @@ CONFIG = Zamba2Config(
 SMALL = CONFIG.replace(
     num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1, use_shared_attention_adapter=False
 )
-IDS = np.random.default_rng(0).integers(1, 61, (2, 13))
+IDS = np.random.default_rng(0).integers(1, 62, (2, 13))
 Q, IN = "shared_transformer.self_attn.q_proj", "mamba.in_proj"
 
 
