@@ -43,7 +43,9 @@ def evaluate_checkpoint(options: EvalOptions) -> int:
 
     # ---- what came out
     if jax.process_index() == 0:
-        print(f"loss {result['loss']:.6f} nats a token, perplexity {result['perplexity']:.4f}, {result['tokens']:,} tokens")
+        print(
+            f"loss {result['loss']:.6f} nats a token, perplexity {result['perplexity']:.4f}, {result['tokens']:,} tokens"
+        )
         if options.output is not None:
             finite = {name: value if np.isfinite(value) else None for name, value in result.items()}
             options.output.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")

@@ -32,9 +32,7 @@ def make_loss(*, z_loss: float = 0.0, dropout: bool = False) -> Loss:
     """
 
     def loss(model: Zamba2ForCausalLM, rows: Batch, key: jax.Array | None, count: jax.Array) -> jax.Array:
-        outputs = model.model(
-            rows["input_ids"], segment_ids=rows["segment_ids"], dropout_key=key if dropout else None
-        )
+        outputs = model.model(rows["input_ids"], segment_ids=rows["segment_ids"], dropout_key=key if dropout else None)
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         return linear_causal_lm_loss(
             outputs.last_hidden_state,
@@ -141,9 +139,7 @@ class LanguageTask:
     def evaluate(self, program: Program, params: Params, frozen: Params) -> dict[str, float]:
         options = self._options
         feed = Feed(program.mesh, options.batch_size)
-        batches = self._eval_data.evaluation_batches(
-            options.batch_size, shard=feed.share, limit=options.eval_batches
-        )
+        batches = self._eval_data.evaluation_batches(options.batch_size, shard=feed.share, limit=options.eval_batches)
         return evaluate(lambda batch: program.eval_step(params, frozen, batch), map(feed.place, batches))
 
     def samples(self, model: nnx.Module) -> Iterator[tuple[str, str]]:

@@ -117,6 +117,7 @@ class Program:
         eval_step: jitted, (params, frozen, batch) -> (summed loss, count).
         init_state: jitted, (params, key) -> the state of step 0; donates the parameters.
         state, frozen: abstract, with shardings.
+        skeleton: of the model.
         mesh: to run under: `with jax.set_mesh(program.mesh): ...`.
     """
 
@@ -125,6 +126,7 @@ class Program:
     init_state: Callable[..., TrainState]
     state: TrainState
     frozen: Params
+    skeleton: Skeleton
     mesh: Mesh
 
     def abstract_batch(self, shapes: Mapping[str, tuple[int, ...]]) -> Batch:
@@ -214,6 +216,7 @@ def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Los
         init_state=jax.jit(init_state, donate_argnums=0, out_shardings=shardings),
         state=state,
         frozen=frozen,
+        skeleton=skeleton,
         mesh=mesh,
     )
 
@@ -227,6 +230,17 @@ def make_eval_step(
         return loss(skeleton.build(params, frozen), batch, None, jnp.ones((), jnp.float32)), count(batch)
 
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def make_predict_step(
+    skeleton: Skeleton, predict: Callable[[nnx.Module, Batch], jax.Array], mesh: Mesh
+) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Jitted: (params, frozen, batch) -> what `predict` makes of the batch, whole on every device."""
+
+    def predict_step(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+        return predict(skeleton.build(params, frozen), batch)
+
+    return jax.jit(predict_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _summed_gradient(
@@ -243,7 +257,9 @@ def _summed_gradient(
         array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
         return jnp.moveaxis(array, 1, 0)
 
-    def add_part(sums: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
+    def add_part(
+        sums: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[jax.Array, Params], None]:
         rows, index = part
         return jax.tree.map(jnp.add, sums, gradient_of(params, rows, jax.random.fold_in(key, index))), None
 
