@@ -69,7 +69,7 @@ def _run(command: str, arguments: list[str]) -> int:
 
         return evaluate_checkpoint(options)
 
-    from train.run import Stopped, train
+    from train.run import DivergedError, train
 
     if command == "classify":
         from train.classification import ClassificationTask as Task
@@ -77,7 +77,7 @@ def _run(command: str, arguments: list[str]) -> int:
         from train.language import LanguageTask as Task
     try:
         train(options, Task)
-    except Stopped as error:
+    except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -44,7 +44,8 @@ def evaluate_checkpoint(options: EvalOptions) -> int:
     # ---- what came out
     if jax.process_index() == 0:
         print(
-            f"loss {result['loss']:.6f} nats a token, perplexity {result['perplexity']:.4f}, {result['tokens']:,} tokens"
+            f"loss {result['loss']:.6f} nats a token, perplexity {result['perplexity']:.4f}, "
+            f"{result['tokens']:,} tokens"
         )
         if options.output is not None:
             finite = {name: value if np.isfinite(value) else None for name, value in result.items()}

@@ -176,7 +176,10 @@ class Reporter:
             os.fsync(file.fileno())
         if self._board is not None:
             self._board.flush()
-        draw(self._options.output / PICTURE, self._steps, self._losses, self._evaluations)
+        try:
+            draw(self._options.output / PICTURE, self._steps, self._losses, self._evaluations)
+        except OSError as error:  # no reason to stop
+            self.say(f"{PICTURE} could not be written: {error}")
         self._last_time = time.perf_counter()
 
     def restart_clock(self) -> None:

@@ -110,8 +110,8 @@ def roll_call(job: Job, timeout: float) -> None:
     if answer.startswith("missing"):
         missing = answer.removeprefix("missing ")
         raise TimeoutError(
-            f"{missing} of {job.count} did not join within {timeout:g} s (process 0 is at {job.address}, as {job.source} "
-            "have it). Check that the command was started once for every process, and that it still runs there."
+            f"{missing} of {job.count} did not join within {timeout:g} s (process 0 is at {job.address}, by "
+            f"{job.source}). Check that the command was started once for every process, and that it still runs there."
         )
     if answer != "go":
         raise ValueError(answer)

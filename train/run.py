@@ -20,7 +20,7 @@ from train.feeding import Feed
 from train.metrics import Reporter
 from train.options import RunOptions
 from train.processes import join
-from train.step import Count, Loss, Params, Program, Skeleton, make_program
+from train.step import Count, Loss, Params, Program, Skeleton, TrainState, make_program
 from zamba2_jax import Zamba2Config
 from zamba2_jax.sharding import check_mesh, make_mesh
 
@@ -62,7 +62,7 @@ class Task(Protocol):
     def samples(self, model: nnx.Module) -> Iterator[tuple[str, str]]: ...
 
 
-class Stopped(RuntimeError):
+class DivergedError(RuntimeError):
     """A run that cannot go on: its losses are not finite any more."""
 
 
@@ -71,9 +71,9 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
     process is asked to stop.
 
     Raises:
-        ValueError, OSError: what was asked for does not make sense, cannot be read or cannot be written; before anything
-            is compiled, but for a disk that fills up later.
-        Stopped: `max_bad_steps` in a row were not finite.
+        ValueError, OSError: what was asked for does not make sense, cannot be read or cannot be written; before
+            anything is compiled, but for a disk that fills up later.
+        DivergedError: `max_bad_steps` in a row were not finite.
     """
     # ---- this process and its devices
     join(options)
@@ -128,6 +128,7 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
         pending: tuple[int, dict[str, jax.Array]] | None = None
         losses: list[float] = []  # since the last checkpoint
         saved = start
+        profile = Profile(options)
 
         def read_metrics() -> None:
             """Of the last step but one, usually: the devices are at work on the next while the host waits for them."""
@@ -139,7 +140,7 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
             reporter.step(step, metrics)
             losses.append(metrics["loss"])
             if metrics["bad_steps"] >= options.max_bad_steps:
-                raise Stopped(
+                raise DivergedError(
                     f"the loss or its gradient was not finite in {metrics['bad_steps']} steps in a row, "
                     f"{step - metrics['bad_steps'] + 1} to {step}; their updates were skipped. The last checkpoint is "
                     f"that of step {checkpoints.latest_step() or 0}."
@@ -147,7 +148,7 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
 
         try:
             for step in range(start + 1, options.steps + 1):
-                _profile(options, step - start, state)
+                profile.before(step - start, state)
                 state, metrics = program.train_step(state, frozen, feed.place(next(batches)))
                 read_metrics()
                 pending = (step, metrics)
@@ -178,6 +179,7 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
 
             # ---- the end
             read_metrics()
+            profile.end(state)
             checkpoints.wait()
             if task.kind == "lora":
                 models.save_adapter(skeleton.build(state.params, frozen), options.output, options.model)
@@ -225,16 +227,29 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _profile(options: RunOptions, made: int, state: Any) -> None:
-    """Starts the trace before the step with this number since the start, or ends it."""
-    if options.profile_steps == 0 or jax.process_index() != 0:
-        return
-    if made == PROFILE_AFTER + 1:
-        jax.block_until_ready(state)
-        jax.profiler.start_trace(str(options.output / "profile"))
-    elif made == PROFILE_AFTER + 1 + options.profile_steps:
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
+class Profile:
+    """The profiler's trace of `profile_steps` steps, after those that compile and warm up."""
+
+    def __init__(self, options: RunOptions):
+        self._directory = str(options.output / "profile")
+        self._first = PROFILE_AFTER + 1
+        self._end = self._first + options.profile_steps if jax.process_index() == 0 else self._first
+        self._running = False
+
+    def before(self, number: int, state: TrainState) -> None:
+        """To be called before the step that is the `number`-th since the start."""
+        if number == self._first < self._end:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif number == self._end:
+            self.end(state)
+
+    def end(self, state: TrainState) -> None:
+        if self._running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def _opening(options: RunOptions, program: Program, mesh: Mesh, start: int) -> str:

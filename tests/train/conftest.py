@@ -17,30 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from train import cli
 from zamba2_jax import Zamba2Config
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "on",
-    "mat",
-    "house",
-    "red",
-    "blue",
-    "green",
-    "ran",
-    "fast",
-    "slow",
-    "and",
-    "then",
-    "he",
-    "she",
-    "it",
-    "was",
-    "good",
-    "bad",
-]
+# fmt: off
+WORDS = (
+    "the", "a", "cat", "dog", "sat", "on", "mat", "house", "red", "blue", "green", "ran", "fast", "slow", "and", "then",
+    "he", "she", "it", "was", "good", "bad",
+)
+# fmt: on
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 CONFIG = {
     "vocab_size": 32,

@@ -116,12 +116,23 @@ def _step_of_run(run: Path, step: str | None) -> Path:
     if not steps:
         raise FileNotFoundError(f"The run in {run} has not saved a checkpoint yet.")
     if step is None:
-        return run / CHECKPOINTS / str(steps[-1])
+        return _whole_model(run / CHECKPOINTS / str(steps[-1]))
     if not step.isdigit() or int(step) not in steps:
         raise FileNotFoundError(
             f"{run}@{step}: the run has no such checkpoint; its steps: {', '.join(map(str, steps))}."
         )
-    return run / CHECKPOINTS / str(int(step))
+    return _whole_model(run / CHECKPOINTS / str(int(step)))
+
+
+def _whole_model(directory: Path) -> Path:
+    """`directory`, if it holds a model and not a LoRA alone."""
+    if not is_orbax(directory):
+        run = directory.parent.parent
+        raise ValueError(
+            f"The run in {run} trained a LoRA: load the model that it began with and then its {ADAPTER} directory, "
+            "which is there when the run has ended, with load_lora; python -m convert to-hf merges the two."
+        )
+    return directory
 
 
 def is_orbax(directory: Path) -> bool:
