@@ -43,6 +43,7 @@ from zamba2_jax.ops.losses import (
 )
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from zamba2_jax.quantization import weight_itemsize
+from zamba2_jax.sharding import constrain
 from zamba2_jax.tokens import TokenLayout
 
 CLASSIFICATION_LOSSES = {
@@ -60,6 +61,7 @@ class PretrainedModel(nnx.Module):
         dtype: of computation. Norms, softmax, SSM states and losses are float32 whatever it is.
         param_dtype: of stored parameters; A_log, D and dt_bias are float32 whatever it is.
         generation_config: contents of the checkpoint's generation_config.json, or None. Assign a dict to change it.
+        lora_config: of the model's LoRAs, or None where it has none (`zamba2_jax.add_lora`).
     """
 
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike | None):
@@ -70,6 +72,7 @@ class PretrainedModel(nnx.Module):
             if not jnp.issubdtype(value, jnp.floating):
                 raise ValueError(f"{name} must be a floating dtype such as bfloat16 or float32, got {value}.")
         self.generation_config = None
+        self.lora_config = None
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
@@ -89,7 +92,7 @@ class PretrainedModel(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: str | Mesh | None = None,
         quantize: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -102,7 +105,8 @@ class PretrainedModel(nnx.Module):
             name_or_path: such as "Zyphra/Zamba2-1.2B", or a directory with config.json and weights.
             dtype: of computation; None takes the config's, then the file's.
             param_dtype: of the stored parameters; None is `dtype`.
-            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`); None puts them on the default
+            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`): a `Mesh`, or as in
+                `zamba2_jax.sharding.make_mesh` "auto" or sizes such as "data=2,fsdp=4". None puts them on the default
                 device.
             quantize: "int8" or "int4" stores the matrices as integers, for inference in half or a third of the memory
                 (`zamba2_jax.quantize`). The model can be neither trained nor saved.
@@ -289,7 +293,8 @@ class Zamba2Model(PretrainedModel):
             output_attentions: return attention probabilities (computed the plain way, (b, heads, l, keys) each).
             output_hidden_states: return the input of every layer and the final state.
             cache_length: slots of the cache that `use_cache=True` makes; None is `config.max_position_embeddings`.
-            dropout_key: a `jax.random` key turns `config.attention_dropout` on, as in training. None: no dropout.
+            dropout_key: a `jax.random` key turns `config.attention_dropout` on, and the dropout of a LoRA
+                (`zamba2_jax.add_lora`), as in training. None: no dropout.
 
         Raises:
             ValueError: before anything runs, for inputs that contradict each other, have the wrong shape, hold ids
@@ -331,9 +336,10 @@ class Zamba2Model(PretrainedModel):
         )
         slot_mask = None if past is None else _fill_slots(past, layout, inputs.length)
         context = self._attention_context(layout, past, None if empty else slot_mask, output_attentions)
-        uses = self.config.num_hybrid_layers
-        dropout_keys = [None] * uses if dropout_key is None else list(jax.random.split(dropout_key, uses))
+        uses, count = self.config.num_hybrid_layers, self.config.num_hidden_layers
+        keys = [None] * (uses + count) if dropout_key is None else list(jax.random.split(dropout_key, uses + count))
         embedded = self.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds.astype(self.dtype)
+        embedded = constrain(embedded, "batch", "length", None)
 
         stack = LayerStack(
             layers=self.layers,
@@ -346,9 +352,10 @@ class Zamba2Model(PretrainedModel):
             keep_inputs=output_hidden_states,
         )
         before = Past(
-            mamba=[None] * self.config.num_hidden_layers if past is None else past.mamba,
+            mamba=[None] * count if past is None else past.mamba,
             attention=[None] * uses if past is None else past.attention,
-            dropout_keys=dropout_keys,
+            dropout_keys=keys[:uses],
+            mamba_dropout_keys=keys[uses:],
         )
         hidden, trail = stack.run(embedded, before, self._execution_for(past, inputs.length))
         hidden = self.final_layernorm(hidden)
@@ -362,6 +369,7 @@ class Zamba2Model(PretrainedModel):
                 length=past.length + inputs.length,
                 next_position=layout.next_position,
             )
+            present = cache_lib.constrain_cache(present)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=present,
@@ -481,7 +489,8 @@ class Zamba2ForCausalLM(PretrainedModel):
         one_token = self.lm_head is None and hidden.shape[1] == 1
         if one_token and decoding.head_obstacle(self.model.embed_tokens, hidden.shape[0]) is None:
             return decoding.head_scores(self.model.embed_tokens, hidden)
-        return self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        logits = self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return constrain(logits, "batch", "length", "vocab")
 
     def _loss(self, hidden: Float[Array, "b l d"], labels: Int[Array, "b l"]) -> Float[Array, ""]:
         if self.lm_head is None:

@@ -160,6 +160,31 @@ class TestLinearCausal:
         plain = product(lambda hidden: causal_lm_loss(hidden @ head.T, labels))
         np.testing.assert_allclose(ours, plain, atol=1e-5 * np.abs(plain).max())
 
+    @pytest.mark.parametrize(("columns", "vocab_axis"), [(None, 0), (10, 1)])
+    def test_z_loss(self, head_batch, columns, vocab_axis):
+        """Loss and gradients are those of the plain formula, differentiated by JAX."""
+        hidden, head, labels = head_batch
+
+        def plain(hidden, head):
+            scores = (hidden @ head.T)[:, :-1]
+            z = jax.nn.logsumexp(scores, axis=-1)
+            chosen = jnp.take_along_axis(scores, jnp.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0]
+            counts = labels[:, 1:] != -100
+            return jnp.sum(jnp.where(counts, z - chosen + 0.01 * z**2, 0.0)) / jnp.sum(counts)
+
+        def ours(hidden, head):
+            head = head.T if vocab_axis == 1 else head
+            options = {"vocab_axis": vocab_axis, "block_columns": columns}
+            return linear_causal_lm_loss(hidden, head, labels, z_loss=0.01, **options)
+
+        wanted, wanted_gradients = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+        value, gradients = jax.value_and_grad(ours, argnums=(0, 1))(hidden, head)
+        assert value > linear_causal_lm_loss(hidden, head, labels, vocab_axis=0) + 0.1
+        np.testing.assert_allclose(value, wanted, rtol=1e-5)
+        np.testing.assert_allclose(ours(hidden, head), value, rtol=TOLERANCE)
+        for mine, other in zip(gradients, wanted_gradients, strict=True):
+            np.testing.assert_allclose(mine, other, atol=1e-5 * np.abs(other).max())
+
     def test_nothing_counts(self, head_batch):
         hidden, head, labels = head_batch
         nothing = np.full_like(labels, -100)
@@ -236,6 +261,7 @@ class TestLinearCausal:
             ),
             ({"labels": np.zeros((3, LENGTH), np.float32)}, "labels has dtype float32; it must be an integer type"),
             ({"block_columns": 0}, "block_columns is 0; it must be None or at least 1"),
+            ({"z_loss": -1e-4}, "z_loss is -0.0001; it must be 0 or a small positive number"),
         ],
     )
     def test_errors(self, head_batch, changes, message):

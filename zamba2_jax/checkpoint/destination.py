@@ -84,13 +84,18 @@ def writing(destination: Path) -> Iterator[Path]:
     except BaseException as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
-        number = _error_number(error)
-        if number in _NO_ROOM:
+        reason = no_room(error)
+        if reason is not None:
             raise OSError(
-                number, f"{_NO_ROOM[number]}; nothing was left behind of the checkpoint for {destination}"
+                _error_number(error), f"{reason}; nothing was left behind of the checkpoint for {destination}"
             ) from error
         raise
     _wait_for_all("zamba2_jax: checkpoint in place")
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why there was no room for what was written, in words; None if the failure is another one."""
+    return _NO_ROOM.get(_error_number(error))
 
 
 def _error_number(error: BaseException) -> int | None:

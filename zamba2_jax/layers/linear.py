@@ -1,11 +1,16 @@
 """Parameters, and the layers that only multiply by one: Linear, Embed, Adapter."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from zamba2_jax.layers.lora import Loras, with_lora
+from zamba2_jax.sharding import constrain, constrain_gathered, stored_whole
 
 Axes = tuple[str | None, ...]
 
@@ -20,6 +25,39 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
     """Normal draws of standard deviation `std`, drawn in float32 whatever `dtype` is."""
     return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+def product(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
+    """x (..., in) times kernel (in, *out), whose dimensions carry the logical names `axes`."""
+    if stored_whole():
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return _product_with_parts(x, kernel, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_with_parts(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
+    """`product` where each device stores a part of the kernel. All gather it, here and once more on the way back: kept
+    from one to the other, the gathered kernels of all layers would be a copy of the model on every device. The kernel's
+    gradient is summed and cut in one step (reduce-scatter)."""
+    return jax.lax.dot_general(x, constrain_gathered(kernel, *axes), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_forward(x, kernel, axes):
+    return _product_with_parts(x, kernel, axes), (x, kernel)
+
+
+def _product_backward(axes, residuals, cotangent):
+    # Behind the barrier, or the compiler would see the forward pass's gathering in this one and keep its result.
+    (x, kernel), cotangent = jax.lax.optimization_barrier((residuals, cotangent))
+    outer, out = x.ndim - 1, tuple(range(x.ndim - 1, cotangent.ndim))
+    whole = constrain_gathered(kernel, *axes)
+    of_x = jax.lax.dot_general(cotangent, whole, ((out, tuple(range(1, kernel.ndim))), ((), ())))
+    tokens = tuple(range(outer))
+    of_kernel = jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
+    return of_x, constrain(of_kernel, *axes)
+
+
+_product_with_parts.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -49,13 +87,23 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., *out), in the compute dtype."""
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.kernel.get_metadata("out_sharding"))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def matrix(self) -> jax.Array:
         """W, (in, *out), for a computation that does more than multiply by it."""
         return self.kernel[...]
+
+
+def look_up(take: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
+    """`take(ids)`, (b, l) to (b, l, d), in an embedding that devices store in parts.
+
+    Every device looks up its own columns, for the rows and tokens of all devices that share them. Then columns are
+    exchanged for tokens and for rows, one mesh axis at a time: two at once, the partitioner gathers everything.
+    """
+    vectors = constrain(take(constrain(ids, "lookup_batch", None)), "lookup_batch", None, "embed")
+    vectors = constrain(vectors, "lookup_batch", "length", "lookup_width")
+    return constrain(vectors, "batch", "length", None)
 
 
 class Embed(nnx.Module):
@@ -78,14 +126,14 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (b, l) -> (b, l, d)."""
-        vectors = jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        vectors = look_up(lambda ids: jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype), ids)
         if self.padding_id is None:
             return vectors
         return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., d) -> (..., v): scores against every embedding, the head of a model with tied embeddings."""
-        embedding = self.embedding[...].astype(self.dtype)
+        embedding = constrain_gathered(self.embedding[...].astype(self.dtype), "vocab", "embed")
         return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
 
     def matrix(self) -> jax.Array:
@@ -112,9 +160,11 @@ class Adapter(nnx.Module):
         options = {"std": std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = Linear(in_features, rank, axes=(in_axis, "adapter_rank"), **options)
         self.up = Linear(rank, out_features, axes=("adapter_rank", *out_axes), **options)
+        self.lora: Loras = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.up(self.down(x))
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        low = with_lora(self.down(x), "down", x, dropout_key, self.lora)
+        return with_lora(self.up(low), "up", low, dropout_key, self.lora)
 
 
 class DepthwiseConv(nnx.Module):
