@@ -193,23 +193,26 @@ class TestPrograms:
         assert memory.argument_size_in_bytes - 8 * tokens / parts < stored
         assert memory.output_size_in_bytes < stored
 
-    def test_gather_a_matrix_where_it_is_used(self):
-        """Nor do gathered matrices wait for the backward pass: together they would be the whole model."""
-        config = Zamba2Config(
-            vocab_size=64,
-            hidden_size=256,
-            num_hidden_layers=6,
-            layers_block_type=["mamba", "hybrid", "mamba", "mamba", "hybrid", "mamba"],
-            n_mamba_heads=8,
-            mamba_d_state=4,
-            intermediate_size=512,
-            num_attention_heads=8,
-            num_mem_blocks=2,
-            adapter_rank=8,
-            use_mem_rope=False,
-        )
-        compiled, size = compile_step("fsdp=8", config, 8, 4)
-        assert compiled.memory_analysis().temp_size_in_bytes < size / 3
+    def test_gather_matrices_twice_and_scatter_their_gradients(self):
+        """Twice: kept for the backward pass, the gathered matrices would together be the whole model. Scattered: no
+        device holds a matrix's whole gradient after it is summed."""
+        compiled, _ = compile_step("fsdp=8", CONFIG, ROWS, LENGTH)
+        text = compiled.as_text()
+        wide = CONFIG.mamba_intermediate_size
+        gathered = re.findall(rf"= f32\[32,2,{wide}\]\S* all-gather\(", text)
+        assert len(gathered) == 2 * CONFIG.num_hidden_layers  # zx_proj's, the only ones of that shape
+        scattered = re.findall(rf"= f32\[4,2,{wide}\]\S* reduce-scatter\(", text)
+        assert len(scattered) == CONFIG.num_hidden_layers
+        summed = re.findall(r"= (\([^)]*\)|\S+) all-reduce\(", text)
+        assert summed
+        matrices = {
+            (32, 2, wide),
+            (2, 32, wide),
+            (CONFIG.vocab_size, 32),
+            (wide, 32),
+            (32, 2, CONFIG.intermediate_size),
+        }
+        assert not {shape for arrays in summed for shape in float_shapes(arrays)} & matrices
 
 
 class TestLongSequences:
