@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax.ops.attention import attention
+from zamba2_jax.ops.conv import causal_conv
 from zamba2_jax.sharding import abstract_params, batch_sharding, check_mesh, make_mesh, param_shardings
 
 # Two shared blocks, both kinds of adapters, rotary positions, groups, biases; layers of both kinds.
@@ -143,7 +145,7 @@ class TestLossAndGradients:
 
 
 def compile_step(spec, config, rows, length, policy="none", devices=8):
-    """The compiled loss and gradient; no array is made."""
+    """The compiled loss and gradient, and the bytes of parameters on a device; no array is made."""
     key = jax.random.key(0)
     rngs = types.SimpleNamespace(params=lambda: key)
     model = nnx.eval_shape(lambda: Zamba2ForCausalLM(config, rngs=rngs))
@@ -159,8 +161,9 @@ def compile_step(spec, config, rows, length, policy="none", devices=8):
         ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
         step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, param_shardings(state, mesh)))
         compiled = step.lower(abstract_params(state, mesh), ids, ids).compile()
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return compiled, size
+    parameters = jax.tree.leaves(abstract_params(state, mesh))
+    stored = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in parameters)
+    return compiled, stored
 
 
 def float_shapes(text):
@@ -172,7 +175,7 @@ def float_shapes(text):
 class TestPrograms:
     @pytest.mark.parametrize("spec", ["fsdp=8", "tensor=2,fsdp=4", "sequence=8"])
     def test_hold_no_full_size_copy(self, spec):
-        compiled, size = compile_step(spec, CONFIG, ROWS, LENGTH)
+        compiled, stored = compile_step(spec, CONFIG, ROWS, LENGTH)
         sizes = make_mesh(spec).shape
         tokens = ROWS * LENGTH
         parts = sizes["data"] * sizes["fsdp"] * sizes["sequence"]
@@ -188,10 +191,8 @@ class TestPrograms:
             if local & set(shape) and len(shape) > 2:
                 assert not wide & set(shape), shape
         memory = compiled.memory_analysis()
-        # Vectors without an axis that is split are whole: a norm's scale, adapters' ranks, the convolution of B and C.
-        stored = size / 8 * 1.15
-        assert memory.argument_size_in_bytes - 8 * tokens / parts < stored
-        assert memory.output_size_in_bytes < stored
+        assert memory.argument_size_in_bytes - 8 * tokens // parts <= stored  # ids and segments aside
+        assert memory.output_size_in_bytes <= stored + 2048  # a tuple of pointers, the loss
 
     def test_gather_matrices_twice_and_scatter_their_gradients(self):
         """Twice: kept for the backward pass, the gathered matrices would together be the whole model. Scattered: no
@@ -245,6 +246,40 @@ class TestLongSequences:
     def test_activations_of_32k_tokens(self, policy):
         one, eight = self.memory(32768, policy)
         assert eight < one / 4
+
+
+class TestOps:
+    """What the model does not reach."""
+
+    def test_heads_that_share_keys(self):
+        rng = np.random.default_rng(3)
+        query, key, value = (jnp.asarray(rng.standard_normal((2, 40, heads, 6)), jnp.float32) for heads in (12, 4, 4))
+        ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 40)), axis=1))
+
+        @jax.jit
+        @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+        def gradients(*arrays):
+            return jnp.sum(jnp.sin(attention(*arrays, is_causal=True, segment_ids=(ids, ids))))
+
+        wanted = gradients(query, key, value)
+        with jax.set_mesh(make_mesh("sequence=4,tensor=2")):
+            actual = gradients(query, key, value)
+        for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+
+    @pytest.mark.parametrize("width", [1, 4])
+    def test_windows(self, width):
+        """The convolution's last inputs, which training does not read, and kernels that reach nowhere."""
+        rng = np.random.default_rng(4)
+        x = jnp.asarray(rng.standard_normal((2, 32, 10)), jnp.float32)
+        kernel = jnp.asarray(rng.standard_normal((width, 10)), jnp.float32)
+        ends = {"run_start": jnp.array([0, 9]), "run_end": jnp.array([21, 32])}
+        wanted = causal_conv(x, kernel, **ends)
+        with jax.set_mesh(make_mesh("sequence=8")):
+            actual = jax.jit(causal_conv)(x, kernel, **ends)
+        for row, (start, end) in enumerate(zip(*ends.values(), strict=True)):
+            np.testing.assert_allclose(actual[0][row, start:end], wanted[0][row, start:end], atol=1e-6)
+        np.testing.assert_allclose(actual[1], wanted[1], atol=1e-6)
 
 
 class TestGenerate:
