@@ -13,7 +13,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
-from zamba2_jax.layers.projection import projection
+from zamba2_jax.layers.projection import apart, projection
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.tokens import TokenLayout
@@ -69,7 +69,8 @@ class Mamba2Mixer(nnx.Module):
         if layout.token_mask is not None:
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
-        zx = projection(self.zx_proj(hidden))
+        # One token is served best by one product of all three.
+        zx = projection(self.zx_proj(hidden if hidden.shape[1] == 1 else apart(hidden)))
         bc = projection(self.bc_proj(hidden))
         raw_dt = projection(self.dt_proj(hidden))
 
@@ -130,6 +131,9 @@ class Mamba2Mixer(nnx.Module):
         layout: TokenLayout,
         state: MambaState,
     ) -> tuple[Float[Array, "b 1 inner"], MambaState]:
+        if decoding.recurrence_obstacle(self) is None:
+            y, state = decoding.recurrence_step(self, zx[:, 0], bc[:, 0], raw_dt[:, 0], layout, state)
+            return y[:, None], state
         x, window_x = causal_conv_step(zx[:, 0, _X], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
         bc, window_bc = causal_conv_step(bc[:, 0], state.conv_bc, *self._conv_params(self.conv_bc), activation="silu")
         if layout.token_mask is not None:  # a masked token leaves the row as it was

@@ -21,7 +21,7 @@ from zamba2_jax.layers import decoding
 from zamba2_jax.layers.activations import ACTIVATIONS
 from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.norms import RMSNorm
-from zamba2_jax.layers.projection import projection
+from zamba2_jax.layers.projection import apart, projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
 from zamba2_jax.ops.decode.cached_attention import cached_attention
@@ -78,9 +78,14 @@ class SharedAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
-        query = self._heads(self.q_proj(x), use.q_adapter, x)
-        key = self._heads(self.k_proj(x), use.k_adapter, x)
-        value = self._heads(self.v_proj(x), use.v_adapter, x)
+        # Of one token, one product of all three is best, and one of the adapters'.
+        for_query = for_key = for_value = apart(x)
+        if x.shape[1] > 1:
+            for_key = apart(for_query)
+            for_value = apart(for_key)
+        query = self._heads(self.q_proj(for_query), use.q_adapter, x)
+        key = self._heads(self.k_proj(for_key), use.k_adapter, x)
+        value = self._heads(self.v_proj(for_value), use.v_adapter, x)
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
@@ -141,7 +146,7 @@ class SharedMLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "b l d"], adapter: Adapter) -> Float[Array, "b l d"]:
-        gate_up = projection(self.gate_up_proj(x) + adapter(x))
+        gate_up = projection(self.gate_up_proj(apart(x)) + adapter(x))
         return projection(self.down_proj(ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]))
 
 
