@@ -31,8 +31,8 @@ class GenerateOutput(ModelOutput):
         sequences: (r, l + new) int32, r = batch * num_return_sequences.
         scores: per new token (r, v) float32, after all processors; with `output_scores`.
         logits: per new token (r, v) float32, the model's own; with `output_logits`.
-        past_key_values: the cache, which holds all of `sequences` but the last token. Pass it back with a longer
-            `input_ids`.
+        past_key_values: the cache, which holds all real tokens of each row of `sequences` but the row's last. Pass it
+            back with a longer `input_ids`.
     """
 
     sequences: np.ndarray
@@ -146,7 +146,10 @@ def generate(
         streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompt (b, l), then
             each step's tokens (b,), as from transformers. Not for beam search.
         stream_block: tokens to compute between two deliveries. None adapts to about 20 deliveries a second.
-        past_key_values: a cache that holds the beginning of `input_ids`; only the rest is read. It stays valid.
+        past_key_values: a cache that holds the beginning of `input_ids`, which is the whole text as in transformers;
+            only the rest is read. One that was returned or loaded, or `cache.repeat(n)`; row i's first
+            `next_position[i]` real tokens are taken to be in it, wherever its padding is now. It stays valid; where it
+            is too small, a larger copy goes on.
         cache_length: slots for keys and values. None takes the smallest of 1024, 4096, 16384, … that holds the text,
             and room for padding the prompt to whole chunks: 1152, 4608, 18432, ….
         ssm_dtype: of the Mamba2 states between tokens; None is float32. bfloat16 halves what many rows read and write
@@ -213,6 +216,8 @@ def generate(
     if streamer is not None:
         streamer.put(np.repeat(batch.input_ids, copies, axis=0))
 
+    if past_key_values is not None and plan.capacity != past_key_values.max_length:
+        past_key_values = past_key_values.resize(plan.capacity)
     structure, weights = programs.take_apart(model)
     logits, cache = programs.prefill(
         structure,
@@ -288,11 +293,22 @@ def _run_rows(
         logits=record.no_logits,
     )
     device_prompt = batch.device_prompt(copies)
+    # Someone who gets the cache may continue a row that ended before others.
+    hold_finished = opts.return_dict_in_generate and buffer.shape[0] > 1
 
     step = 0
     for until in _bounds(opts.max_new_tokens, record, streamer, stream_block):
         cache, state = programs.decode(
-            structure, weights, cache, logits, state, device_prompt, knobs, np.int32(until), processors=static
+            structure,
+            weights,
+            cache,
+            logits,
+            state,
+            device_prompt,
+            knobs,
+            np.int32(until),
+            processors=static,
+            hold_finished=hold_finished,
         )
         record.read(state)
         reached = int(state.step)

@@ -172,7 +172,7 @@ def repeat_rows(
     return logits[rows], cache.reorder(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "processors"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("structure", "processors", "hold_finished"), donate_argnames=("cache",))
 def decode(
     structure: Structure,
     weights: list[jax.Array],
@@ -184,9 +184,12 @@ def decode(
     until: Int32[Array, ""],
     *,
     processors: Processors,
+    hold_finished: bool = False,
 ) -> tuple[Zamba2Cache, Decoding]:
     """Adds tokens until `until` new ones stand or every row is finished. `logits` are the prefill's, read at step 0
     only.
+
+    With `hold_finished` the padding of finished rows does not enter the cache.
     """
     model = structure.model(weights)
 
@@ -212,7 +215,8 @@ def decode(
     def add_token(carry: tuple[Zamba2Cache, Decoding]) -> tuple[Zamba2Cache, Decoding]:
         cache, state = carry
         last = jax.lax.dynamic_slice_in_dim(state.tokens, prompt.length + state.step - 1, 1, axis=1)
-        logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache)
+        going_on = ~state.finished if hold_finished else None
+        logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache, going_on)
         return cache, choose(logits, state)
 
     state = where(state.step == 0, choose(logits, state), state)
@@ -220,10 +224,21 @@ def decode(
 
 
 def next_logits(
-    model: Any, last: Int32[Array, "r 1"], position: Int32[Array, " r"], cache: Zamba2Cache
+    model: Any,
+    last: Int32[Array, "r 1"],
+    position: Int32[Array, " r"],
+    cache: Zamba2Cache,
+    rows: Bool[Array, " r"] | None = None,
 ) -> tuple[Float[Array, "r v"], Zamba2Cache]:
-    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it."""
-    output = model(last, position_ids=position[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it (of `rows` only)."""
+    output = model(
+        last,
+        attention_mask=None if rows is None else rows[:, None],
+        position_ids=position[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return output.logits[:, 0].astype(jnp.float32), output.past_key_values
 
 
