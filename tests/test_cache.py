@@ -148,7 +148,7 @@ def test_another_model_is_refused(cache, model, tmp_path):
     cache.save(path, model)
     with pytest.raises(ValueError, match="another model: the shape is the same, the weights are not"):
         Zamba2Cache.load(path, make(seed=1))
-    with pytest.raises(ValueError, match="another model: rope_parameters is .* there and .*500.* here"):
+    with pytest.raises(ValueError, match=r"another model: rope_parameters is .* there and .*500.* here"):
         Zamba2Cache.load(path, make(rope_theta=500.0))
     with pytest.raises(ValueError, match="num_hidden_layers is 4 there and 3 here"):
         Zamba2Cache.load(path, make(num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"]))
@@ -172,7 +172,7 @@ def test_what_changes_no_result_does_not_matter(cache, model, tmp_path):
 
 
 def test_files_that_are_no_cache(cache, model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*nowhere"):
         Zamba2Cache.load(tmp_path / "nowhere", model)
     path = tmp_path / "file"
     path.write_bytes(b"x" * 100)

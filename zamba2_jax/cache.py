@@ -88,7 +88,7 @@ class Zamba2Cache:
         return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, rows, axis=0), self)
 
     def repeat(self, n: int) -> Zamba2Cache:
-        """A cache of b * n rows, every row n times and the copies neighbours (`jnp.repeat`): one prefix, read once, for n
+        """A cache of b * n rows, every row n times, copies side by side (`jnp.repeat`): one prefix, read once, for n
         continuations.
 
         Raises:
@@ -101,8 +101,8 @@ class Zamba2Cache:
     def resize(self, max_length: int) -> Zamba2Cache:
         """The same memory with `max_length` slots, and without the slots that padding took.
 
-        Real tokens move to the front of their row, in their order; what a later token sees is the same. `length` becomes
-        the largest number of real tokens that a row holds. Not under jit.
+        Real tokens move to the front of their row, in their order; what a later token sees is the same. `length`
+        becomes the largest number of real tokens that a row holds. Not under jit.
 
         Raises:
             ValueError: fewer slots than a row has real tokens.

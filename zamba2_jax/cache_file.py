@@ -29,9 +29,29 @@ if TYPE_CHECKING:
 
 FORMAT = "zamba2_jax cache 1"
 # Fields of a config that do not change what a model computes from given weights.
-_IRRELEVANT = frozenset(
-    ["architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "id2label", "label2id", "problem_type", "attention_dropout", "initializer_range", "max_position_embeddings", "num_logits_to_keep", "tie_word_embeddings", "time_step_floor", "time_step_max", "time_step_min", "use_cache", "use_mamba_kernels", "use_mem_eff_path", "chunk_size"]
-)
+_IRRELEVANT = {
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_position_embeddings",
+    "num_logits_to_keep",
+    "pad_token_id",
+    "problem_type",
+    "tie_word_embeddings",
+    "time_step_floor",
+    "time_step_max",
+    "time_step_min",
+    "torch_dtype",
+    "use_cache",
+    "use_mamba_kernels",
+    "use_mem_eff_path",
+}
 # Elements that are looked at in each array of a model.
 _SAMPLES = 64
 
@@ -121,8 +141,8 @@ def read(
 def identity(model: PretrainedModel) -> dict[str, Any]:
     """What tells a model from others that its caches would not fit: config and samples of the weights.
 
-    The samples are rounded to bfloat16 first: a checkpoint of bfloat16 weights is the same model in float32. The head is
-    left out, as no cache depends on it.
+    The samples are rounded to bfloat16 first: a checkpoint of bfloat16 weights is the same model in float32. The head
+    is left out, as no cache depends on it.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _IRRELEVANT}
     base = getattr(model, "model", model)

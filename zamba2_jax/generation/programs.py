@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int16, Int32, UInt32
 
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
@@ -113,6 +113,7 @@ class Decoding:
         finished: (r,), rows that have ended.
         done: (), nothing is left to do.
         scores, logits: (r, v) of the latest step, processed and raw; None unless asked for.
+        stop: (r,), how much of a stop string each row ends with: a row of the table that `decode` gets; None without.
     """
 
     tokens: Int32[Array, "r columns"]
@@ -121,6 +122,7 @@ class Decoding:
     done: Bool[Array, ""]
     scores: Float[Array, "r v"] | None
     logits: Float[Array, "r v"] | None
+    stop: Int32[Array, " r"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
@@ -182,6 +184,7 @@ def decode(
     prompt: Prompt,
     knobs: Knobs,
     until: Int32[Array, ""],
+    stop_table: Int16[Array, "states v"] | None = None,
     *,
     processors: Processors,
     hold_finished: bool = False,
@@ -189,7 +192,8 @@ def decode(
     """Adds tokens until `until` new ones stand or every row is finished. `logits` are the prefill's, read at step 0
     only.
 
-    With `hold_finished` the padding of finished rows does not enter the cache.
+    A row is finished by an end-of-sequence token, or where `stop_table` (`StopStrings.table`) says so. With
+    `hold_finished` the padding of finished rows does not enter the cache.
     """
     model = structure.model(weights)
 
@@ -199,6 +203,11 @@ def decode(
         token = jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
         token = jnp.where(state.finished, knobs.pad_token_id, token)
         finished = state.finished | (token[:, None] == knobs.eos_token_ids).any(axis=-1)
+        stop = None
+        if stop_table is not None:
+            stop = stop_table[state.stop, token].astype(jnp.int32)
+            finished |= stop < 0
+            stop = jnp.maximum(stop, 0)
         return Decoding(
             tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, prompt.length + state.step)),
             step=state.step + 1,
@@ -206,6 +215,7 @@ def decode(
             done=finished.all(),
             scores=None if state.scores is None else scores,
             logits=None if state.logits is None else logits,
+            stop=stop,
         )
 
     def unfinished(carry: tuple[Zamba2Cache, Decoding]) -> Bool[Array, ""]:
@@ -230,7 +240,7 @@ def next_logits(
     cache: Zamba2Cache,
     rows: Bool[Array, " r"] | None = None,
 ) -> tuple[Float[Array, "r v"], Zamba2Cache]:
-    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it (of `rows` only)."""
+    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it (for `rows`)."""
     output = model(
         last,
         attention_mask=None if rows is None else rows[:, None],
