@@ -5,7 +5,8 @@ The harness (0.4.13) knows its own models only, so that this module registers ou
     python -m zamba2_jax.lm_eval run --model zamba2_jax --model_args pretrained=Zyphra/Zamba2-1.2B --tasks piqa
 
 Arguments are the harness's own. In Python, importing this module is enough for
-`lm_eval.simple_evaluate(model="zamba2_jax", ...)`. Scores are those of the harness's `hf` model: the same tokens, windows, and stop strings.
+`lm_eval.simple_evaluate(model="zamba2_jax", ...)`. Scores are those of the harness's `hf` model: the same tokens,
+windows and stop strings.
 """
 
 from __future__ import annotations
