@@ -199,7 +199,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(models):
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "zamba2_jax", "chat", "--model", str(models.path), "--max-new-tokens", "3000"]
     process = subprocess.Popen(
-        [*command, "--eos-token-id", "0", "--verbose"],
+        [*command, "--min-new-tokens", "2900", "--verbose"],
         stdin=child,
         stdout=child,
         stderr=subprocess.PIPE,

@@ -338,7 +338,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"at most so many (default: {_NEW_TOKENS}, if the checkpoint sets no length)",
     )
     lengths.add_argument("--max-length", type=int, metavar="N", help="at most so many, those of the prompt counted")
-    generate.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
     generate.add_argument("--no-stream", action="store_true", help="write the text when it is complete")
     generate.add_argument("--stats", action="store_true", help="times on stderr")
     generate.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens per call (default: by length)")
@@ -391,6 +390,7 @@ def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=_QUANTIZATIONS, help="store matrices as integers: half or a third of the memory"
     )
+    parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
     parser.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")
     sampling = parser.add_argument_group("sampling", "Any of these but --seed implies --do-sample.")
     sampling.add_argument(
