@@ -1,4 +1,4 @@
-"""How much sooner generation starts from a saved cache of a long prefix than by reading the prefix. Both are compiled."""
+"""How much sooner generation starts from a saved cache of a long prefix than by reading it. Both are compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.sizes import SMALL, TINY
 from zamba2_jax import Zamba2Cache, Zamba2Config, Zamba2ForCausalLM
 
 _SHAPES = {"small": SMALL, "tiny": TINY}
-REPEATS = 5
+REPEATS = 3
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,7 +62,7 @@ def measure(size: str, tokens: int, new: int) -> dict[str, float]:
         expected = first_token(runs["scratch"])
         seconds = {}
         for name, cache in runs.items():
-            if not np.array_equal(first_token(cache), expected):  # compiles, too
+            if name != "scratch" and not np.array_equal(first_token(cache), expected):  # compiles, too
                 raise ValueError(f"{name}: another token than from scratch.")
             times = []
             for _ in range(REPEATS):
