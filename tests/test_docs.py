@@ -10,8 +10,8 @@ The first line of a fenced block says what becomes of it:
     ```text                   nothing to run: formulas, layouts
 
 Blocks are run as they stand, but for what `SMALLER` says. The checkpoints that pages name, such as Zyphra/Zamba2-1.2B,
-are directories of that name where a page runs. They hold a random model of three layers, which compiles quickly, with the
-tokenizer of the model that comes with the package; "demo" is that model itself.
+are directories of that name where a page runs. They hold a random model of three layers, which compiles quickly, with
+the tokenizer of the model that comes with the package; "demo" is that model itself.
 """
 
 import ast
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 # `python -m NAME` -> where its `main(arguments)` is.
-PROGRAMS = {"zamba2_jax": "zamba2_jax.cli", "convert": "convert.cli", "bench": "bench.__main__"}
+PROGRAMS = {"zamba2_jax": "zamba2_jax.cli", "convert": "convert.cli", "train": "train.cli", "bench": "bench.__main__"}
 
 # Checkpoints by the names that pages use. An -Instruct one has a chat template, as the published ones do.
 CHECKPOINTS = ("Zyphra/Zamba2-1.2B", "Zyphra/Zamba2-2.7B", "Zyphra/Zamba2-7B", "Zyphra/Zamba2-1.2B-Instruct")
@@ -55,10 +55,22 @@ CHAT_TEMPLATE = (
 )
 
 # Pages give the sizes of real runs: (pattern, what it becomes) in shell commands.
-SMALLER: tuple[tuple[str, str], ...] = ()
+SMALLER = (
+    (r"--steps (\d)000\b", r"--steps \1"),
+    (r"--batch-size \d+", "--batch-size 8"),
+    (r"--seq-len \d+", "--seq-len 64"),
+)
 
 # (page, reason) of every block that is not run: a new one is a line here, for a reviewer to see.
-NOT_RUN: set[tuple[str, str]] = set()
+NOT_RUN = {
+    ("CONTRIBUTING.md", "needs the device that is measured"),
+    ("docs/generating.md", "fetches a task's data from the hub"),
+    ("docs/performance.md", "minutes on an accelerator, hours for every size"),
+    ("docs/training.md", "needs TPU slices"),
+    ("docs/training.md", "needs a cluster with XPK"),
+    ("docs/training.md", "needs a SLURM cluster with GPUs"),
+    ("docs/training.md", "needs a cloud account"),
+}
 
 # Public, and shown by no page.
 NOT_SHOWN = {
