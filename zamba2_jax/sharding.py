@@ -1,7 +1,7 @@
 """Where arrays live: the logical axes of this model, and the one table that maps them to the axes of a device mesh.
 
-Layers name logical axes only (`nnx.Param(..., out_sharding=("embed", "mlp"))`, `constrain(x, "batch", "length", None)`);
-this module alone knows mesh axes. Changing the strategy means changing `RULES`.
+Layers name logical axes only (`nnx.Param(..., out_sharding=("embed", "mlp"))`, `constrain(x, "batch", "length",
+None)`); this module alone knows mesh axes. Changing the strategy means changing `RULES`.
 
 What the four axes do:
 
@@ -49,7 +49,9 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # Of activations alone.
     "batch": ("data", "fsdp"),  # fsdp differs from data in what it does to parameters only
     "length": "sequence",
-    "lookup_batch": "data",  # of a look-up in the embedding, whose columns take the other axes
+    # Of the vectors that a look-up in the embedding makes, while they lie where the embedding's columns do.
+    "lookup_batch": "data",
+    "lookup_width": "fsdp",
 }
 
 BATCH_AXES = RULES["batch"]
@@ -204,6 +206,17 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     return shardings
 
 
+def abstract_params(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """The state with a `jax.ShapeDtypeStruct` that says where it lies for each parameter: what a program is compiled
+    for ahead of time. Arguments and errors as of `param_shardings`."""
+
+    def abstract(sharding, param):
+        value = param.get_value()
+        return param.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+
+    return jax.tree.map(abstract, param_shardings(state, mesh), state)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` itself, which on the mesh in use (`jax.set_mesh`) is to lie where its logical axes say.
 
@@ -230,6 +243,18 @@ def stored_whole() -> bool:
     vocabulary."""
     sizes = automatic_axes()
     return all(sizes.get(axis, 1) == 1 for axis in STORAGE_AXES)
+
+
+def length_axis(length: int) -> str | None:
+    """The mesh axis that the `length` tokens of a row are spread over; None where each device has all of them."""
+    parts = automatic_axes().get(LENGTH_AXIS, 1)
+    return LENGTH_AXIS if parts > 1 and length % parts == 0 else None
+
+
+def length_parts(length: int) -> int:
+    """Over how many devices the `length` tokens of a row are spread."""
+    axis = length_axis(length)
+    return 1 if axis is None else automatic_axes()[axis]
 
 
 def automatic_axes() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,17 @@ class Linear(nnx.Module):
         return self.kernel[...]
 
 
+def look_up(take: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
+    """`take(ids)`, (b, l) to (b, l, d), in an embedding that devices store in parts.
+
+    Every device looks up its own columns, for the rows and tokens of all devices that share them. Then columns are
+    exchanged for tokens and for rows, one mesh axis at a time: two at once, the partitioner gathers everything.
+    """
+    vectors = constrain(take(constrain(ids, "lookup_batch", None)), "lookup_batch", None, "embed")
+    vectors = constrain(vectors, "lookup_batch", "length", "lookup_width")
+    return constrain(vectors, "batch", "length", None)
+
+
 class Embed(nnx.Module):
     """Token embedding. The row of `padding_id` is read but, as in PyTorch, gets no gradient from the look-up."""
 
@@ -113,11 +125,7 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (b, l) -> (b, l, d)."""
-        # Every device looks up its own columns of the embedding, for the rows of all that share them; then columns are
-        # exchanged for rows.
-        ids = constrain(ids, "lookup_batch", None)
-        vectors = jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
-        vectors = constrain(constrain(vectors, "lookup_batch", None, "embed"), "batch", "length", None)
+        vectors = look_up(lambda ids: jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype), ids)
         if self.padding_id is None:
             return vectors
         return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)

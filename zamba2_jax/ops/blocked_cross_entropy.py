@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.sharding import constrain, constrain_gathered
+from zamba2_jax.sharding import constrain, constrain_gathered, length_parts
 
 # Scores of one block on one device, float32: 256 MB. At v = 32000 that is 2048 tokens, enough for a matrix product to
 # run at full speed and for the (v, d) sum of the head's gradient to be read, written, and on a mesh summed, seldom.
@@ -65,7 +65,8 @@ def _run(hidden, head, labels, vocab_axis, ignore_index, columns, z_loss, *, wit
     head_axes = ("vocab", "embed") if vocab_axis == 0 else ("embed", "vocab")
     weights = constrain_gathered(head.astype(hidden.dtype), *head_axes)
     blocks = -(-length // columns)
-    columns = -(-length // blocks)
+    parts = length_parts(length)
+    columns = parts * -(-length // (blocks * parts))
 
     def split(array, filler):
         """(b, l, ...) to (blocks, b, columns, ...). A block takes every so many-th token, not neighbours: so each holds
