@@ -21,8 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from train.step import Params, TrainState
 from zamba2_jax.checkpoint.destination import no_room
-
-CHECKPOINTS = "checkpoints"
+from zamba2_jax.checkpoint.files import CHECKPOINTS
 
 
 class Checkpoints:
@@ -49,7 +48,10 @@ class Checkpoints:
             )
         self._manager = ocp.CheckpointManager(
             (directory / CHECKPOINTS).absolute(),
-            item_names=(kind, "optimizer", "progress", "data"),
+            item_handlers={
+                **{name: ocp.StandardCheckpointHandler() for name in (kind, "optimizer", "progress")},
+                "data": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
@@ -112,7 +114,7 @@ class Checkpoints:
                 f"{self._manager.directory / str(step)} holds no {self._kind!r}: it is of another kind of run "
                 f"({'full training' if self._kind == 'lora' else 'a LoRA'})."
             )
-        stored = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(metadata, sep=".").items()}
+        stored = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(metadata.tree, sep=".").items()}
         wanted = {name: tuple(leaf.shape) for name, leaf in params.items()}
         differing = sorted(name for name, _ in stored.items() ^ wanted.items())
         if differing:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.options import LoraOptions, RunOptions
 from zamba2_jax import Zamba2Config
 from zamba2_jax.checkpoint import open_parameters
-from zamba2_jax.checkpoint.files import read_json
+from zamba2_jax.checkpoint.files import find_checkpoint, read_json, settings_directory
 from zamba2_jax.models import PretrainedModel
 from zamba2_jax.sharding import param_shardings
 
@@ -92,6 +93,104 @@ def random_model(abstract: PretrainedModel, seed: int, mesh: Mesh) -> Pretrained
     return nnx.merge(graph, jax.jit(init, out_shardings=param_shardings(state, mesh))(jax.random.key(seed)))
 
 
-def base_dtype(options: LoraOptions | RunOptions) -> str:
+def adapts(options: RunOptions) -> bool:
+    """Whether a LoRA is trained and the model itself frozen."""
+    return getattr(options, "lora_rank", 0) > 0
+
+
+def base_dtype(options: RunOptions) -> str:
     """In which the parameters of a checkpoint are kept: float32 to be trained, else as they compute."""
-    return options.dtype if getattr(options, "lora_rank", 0) else "float32"
+    return options.dtype if adapts(options) else "float32"
+
+
+def adapted(model: PretrainedModel, options: LoraOptions) -> PretrainedModel:
+    """`model` with the LoRAs that were asked for."""
+    from zamba2_jax.lora import add_lora
+
+    config = lora_config(options)
+    if isinstance(jax.tree.leaves(nnx.state(model))[0], jax.ShapeDtypeStruct):
+
+        def add(model: PretrainedModel) -> PretrainedModel:
+            add_lora(model, config, rngs=nnx.Rngs(0))
+            return model
+
+        return nnx.eval_shape(add, model)
+    add_lora(model, config, rngs=nnx.Rngs(options.seed))
+    return model
+
+
+def lora_config(options: LoraOptions) -> LoraConfig:
+    from zamba2_jax.lora import LoraConfig
+
+    alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    targets = {"target_modules": options.lora_targets} if options.lora_targets else {}
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=alpha,
+        lora_dropout=options.lora_dropout,
+        shared=options.lora_shared,
+        **targets,
+    )
+
+
+def trainable(model: PretrainedModel, options: RunOptions) -> nnx.filterlib.Filter:
+    """What of `model` is trained."""
+    if not adapts(options):
+        return nnx.Param
+    from zamba2_jax import lora
+
+    return lora.trainable(model)
+
+
+def has_dropout(config: Zamba2Config, options: RunOptions) -> bool:
+    """Whether the forward pass draws anything at random in training."""
+    return config.attention_dropout > 0 or getattr(options, "lora_dropout", 0) > 0
+
+
+def load(model_class: type[PretrainedModel], options: RunOptions, mesh: Mesh) -> PretrainedModel:
+    """The checkpoint `options.model` on the devices, with LoRAs if they were asked for."""
+    model = model_class.from_pretrained(
+        options.model, dtype=options.dtype, param_dtype=base_dtype(options), mesh=mesh
+    )
+    return adapted(model, options) if adapts(options) else model
+
+
+def load_tokenizer(name: str | None, model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `--tokenizer`, or the model's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    source = name
+    if source is None:
+        if model in SHAPES:
+            raise ValueError(f"--model {model} has no tokenizer of its own; give --tokenizer, a directory or hub id.")
+        path = Path(model)
+        source = str(path.parent if path.is_file() else settings_directory(find_checkpoint(model)))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"there is no tokenizer in {source} ({str(error).splitlines()[0]}); give "
+            f"{'another ' if name else ''}--tokenizer, a directory or hub id."
+        ) from error
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, config: Zamba2Config, prompts: tuple[str, ...]
+) -> list[list[int]]:
+    """Token ids of prompts; of an empty one the token that begins a text.
+
+    Raises:
+        ValueError: an empty prompt, and there is no such token.
+    """
+    encoded = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        if not ids:
+            begin = next((id for id in (tokenizer.bos_token_id, config.bos_token_id) if id is not None), None)
+            if begin is None:
+                raise ValueError("--sample-prompts holds an empty one, and the tokenizer has no token to begin with.")
+            ids = [begin]
+        encoded.append(ids)
+    return encoded

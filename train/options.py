@@ -147,9 +147,9 @@ class LoraOptions:
     lora_dropout: float = 0.0
     """Probability that an element of a product's input is dropped in training."""
     lora_targets: tuple[str, ...] = ()
-    """Name patterns of the modules that get one; default: those of `zamba2_jax.lora.LoraConfig`."""
-    lora_shared: Literal["use", "block"] = "use"
-    """On shared blocks: one per use, or one per block for all its uses."""
+    """Names of the modules that get one, such as in_proj q_proj; default: all matrices but embedding and head."""
+    lora_shared: Literal["use", "block"] = "block"
+    """On shared blocks: one per block for all its uses, or one per use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,14 +159,21 @@ class TextOptions:
     data: tuple[str, ...]
     """Files or directories: text, JSONL, Parquet, a saved Hugging Face dataset, or ArrayRecord of `tokenize`. Several
     are mixed by size, or by weights: PATH=0.7."""
+    text_field: str = "text"
+    """Where a record has its text."""
+    data_format: Literal["text", "chat", "completion"] | None = None
+    """Plain text; conversations (`messages` or `conversations`), of which the assistant's tokens count; or `prompt` and
+    `completion`. Default: by the fields that there are."""
+    pack: bool = True
+    """Several documents to a row; none sees another."""
     tokenizer: str | None = None
     """A directory or hub id; default: the model's."""
     seq_len: int = 1024
-    """Tokens per row. Documents are packed into rows, and none sees another."""
+    """Tokens per row."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser of the scores; 1e-4 is usual where scores drift, 0 is none."""
     data_cache: Path | None = None
-    """Where tokenised data is kept; default: the data's own choice."""
+    """Where tokenised data is kept; default: zamba2_jax/data in the user's cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +247,10 @@ class EvalOptions(ModelOptions, ProcessOptions):
     """A checkpoint: what `from_pretrained` accepts, or a run's directory."""
     data: tuple[str, ...]
     """Files or directories, in the forms of pretrain's --data."""
+    text_field: str = "text"
+    """Where a record has its text."""
+    data_format: Literal["text", "chat", "completion"] | None = None
+    """As for finetune; default: by the fields that there are."""
     tokenizer: str | None = None
     """A directory or hub id; default: the model's."""
     batch_size: int = 8
@@ -249,7 +260,7 @@ class EvalOptions(ModelOptions, ProcessOptions):
     eval_batches: int | None = None
     """Batches to take; default: all."""
     data_cache: Path | None = None
-    """Where tokenised data is kept; default: the data's own choice."""
+    """Where tokenised data is kept; default: zamba2_jax/data in the user's cache."""
     output: Path | None = None
     """A file to write the result to, as JSON."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -43,11 +44,14 @@ class Task(Protocol):
     tokenizer: Any
     loss: Loss
     count: Count
-    trainable: Callable[[nnx.Module], nnx.filterlib.Filter]
     kind: str  # of checkpoints: "params" or "lora"
     data_fingerprint: str | None
 
+    def summary(self) -> str: ...
+
     def abstract_model(self) -> nnx.Module: ...
+
+    def trainable(self, model: nnx.Module) -> nnx.filterlib.Filter: ...
 
     def initial_model(self, mesh: Mesh) -> nnx.Module: ...
 
@@ -94,11 +98,7 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
     program = make_program(skeleton, options, mesh, task.loss, task.count)
 
     keep = {"keep_last": options.keep_last, "keep_best": options.keep_best}
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(options.output, kind=task.kind, **keep) as checkpoints,
-        StopRequest() as stop,
-    ):
+    with Checkpoints(options.output, kind=task.kind, **keep) as checkpoints, StopRequest() as stop, contextlib.ExitStack() as stack:
         # ---- the state: from the last checkpoint, or from the beginning
         batches = task.batches(feed.share)
         start = checkpoints.latest_step() or 0
@@ -114,9 +114,11 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
             del params
 
         # ---- train
+        stack.enter_context(jax.set_mesh(mesh))
         operations = task.config.flops_per_token(options.seq_len, training=True)
         reporter = Reporter(options, start=start, operations_per_token=operations)
         reporter.say(_opening(options, program, mesh, start))
+        reporter.say(task.summary())
         pending: tuple[int, dict[str, jax.Array]] | None = None
         losses: list[float] = []  # since the last checkpoint
         saved = start

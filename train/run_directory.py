@@ -21,8 +21,7 @@ import jax
 
 from train.options import RunOptions, flag
 from zamba2_jax import Zamba2Config
-
-RUN = "run.json"
+from zamba2_jax.checkpoint.files import RUN
 
 # What may change from one start of a run to the next: how long it is, how it is spread and split, and what is seen of
 # it. `decay_steps` belongs to the length.

@@ -25,6 +25,9 @@ COMPANIONS = (
     "LICENSE*",
 )
 ORBAX = "params"
+# A training run's directory (`train.run_directory`): what marks it, and where its checkpoints are.
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
 _SETTINGS = ("config.json", "generation_config.json")
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pt", "*.pth")
@@ -41,6 +44,9 @@ def find_checkpoint(
 ) -> Path:
     """The directory of a checkpoint, downloaded from the hub if it is not one on this machine; "demo" is shipped.
 
+    Of a training run's directory it is the one of its last checkpoint, or of step N for RUN@N; config and tokenizer
+    are in the run's own (`settings_directory`).
+
     Pickles are downloaded only from a repository without safetensors.
 
     Raises:
@@ -50,7 +56,10 @@ def find_checkpoint(
     """
     path = as_path(name_or_path)
     if path.is_dir():
-        return path
+        return _step_of_run(path, None) if is_run(path) else path
+    run, at, step = str(path).rpartition("@")
+    if at and is_run(Path(run)):
+        return _step_of_run(Path(run), step)
     if path.exists():
         raise ValueError(f"{name_or_path} is a file; give the directory with config.json and the weights.")
     name = hub_id(name_or_path)
@@ -87,6 +96,29 @@ def find_checkpoint(
     except Exception as error:  # those of the libraries that transfer the files have no common class
         raise OSError(f"{name}{at} could not be downloaded: {error}") from error
     return directory
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `directory` is that of a training run of `python -m train`."""
+    return (directory / RUN).is_file()
+
+
+def settings_directory(directory: Path) -> Path:
+    """Where config.json and the tokenizer of a checkpoint in `directory` are: there, or in the directory of its run."""
+    run = directory.parent.parent
+    return run if directory.parent.name == CHECKPOINTS and is_run(run) else directory
+
+
+def _step_of_run(run: Path, step: str | None) -> Path:
+    """The directory of a complete checkpoint: an unfinished one has no plain number for a name."""
+    steps = sorted(int(path.name) for path in (run / CHECKPOINTS).glob("*") if path.name.isdigit())
+    if not steps:
+        raise FileNotFoundError(f"The run in {run} has not saved a checkpoint yet.")
+    if step is None:
+        return run / CHECKPOINTS / str(steps[-1])
+    if not step.isdigit() or int(step) not in steps:
+        raise FileNotFoundError(f"{run}@{step}: the run has no such checkpoint; its steps: {', '.join(map(str, steps))}.")
+    return run / CHECKPOINTS / str(int(step))
 
 
 def is_orbax(directory: Path) -> bool:

@@ -26,7 +26,7 @@ from orbax.checkpoint import type_handlers
 
 from zamba2_jax.checkpoint.accounting import IGNORED_HEAD, NEW_HEAD, faults_error
 from zamba2_jax.checkpoint.destination import check_destination, copy_companions, writing
-from zamba2_jax.checkpoint.files import ORBAX, generation_settings
+from zamba2_jax.checkpoint.files import ORBAX, generation_settings, settings_directory
 from zamba2_jax.checkpoint.names import ARCHITECTURES, HEADS, Index, Path
 from zamba2_jax.checkpoint.parameters import ModelParameters, Parameters
 from zamba2_jax.checkpoint.progress import byte_bar
@@ -201,7 +201,7 @@ class OrbaxParameters(Parameters):
     """The parameters in a directory that `save_orbax` or `convert` wrote.
 
     Args:
-        directory: with config.json and `params`.
+        directory: with config.json and `params`; or of a training run's checkpoint, config.json being in the run's.
         architecture: the class to fill; None is the one that was saved.
 
     Raises:
@@ -211,9 +211,10 @@ class OrbaxParameters(Parameters):
 
     def __init__(self, directory: FilePath, architecture: str | None = None):
         super().__init__()
-        self.config = Zamba2Config.from_pretrained(directory)
-        self.directory = directory
-        self.generation_config = generation_settings(directory)
+        self.directory = settings_directory(directory)
+        self.config = Zamba2Config.from_pretrained(self.directory)
+        self.generation_config = generation_settings(self.directory)
+        self._arrays_in = directory
         stored = _stored_names(directory)
         saved = "Zamba2Model" if not any(name.startswith("model.") for name in stored) else None
         known = [name for name in self.config.architectures or () if name in ARCHITECTURES]
@@ -243,7 +244,7 @@ class OrbaxParameters(Parameters):
                 continue
             used.add(name)
             try:
-                array = _open_array(self.directory, name)
+                array = _open_array(self._arrays_in, name)
             except ValueError as error:
                 faults.append(f"{name}: cannot be opened ({str(error).splitlines()[0][:200]}).")
                 continue
