@@ -365,6 +365,7 @@ class Zamba2Model(PretrainedModel):
                 length=past.length + inputs.length,
                 next_position=layout.next_position,
             )
+            present = cache_lib.constrain_cache(present)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=present,

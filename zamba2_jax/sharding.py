@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -229,6 +229,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec_in_use(x, axes, sizes))
 
 
+def constrain_whole(tree: Any) -> Any:
+    """The arrays of `tree`, each of which every device of the mesh in use is to have all of."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
 def constrain_gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
     """The same for a parameter, or a cast of one, about to be used: whole along the axes that it is stored in parts
     of."""
@@ -255,6 +260,26 @@ def length_parts(length: int) -> int:
     """Over how many devices the `length` tokens of a row are spread."""
     axis = length_axis(length)
     return 1 if axis is None else automatic_axes()[axis]
+
+
+def mesh_of(arrays: Iterable[jax.Array]) -> Mesh | None:
+    """The mesh of several devices that arrays, such as a model's, are spread over; None where there is none.
+
+    Raises:
+        ValueError: there are two.
+    """
+    found = [array.sharding.mesh for array in arrays if isinstance(array.sharding, NamedSharding)]
+    meshes = dict.fromkeys(mesh for mesh in found if mesh.size > 1)
+    if len(meshes) > 1:
+        raise ValueError(f"the model's arrays lie on {len(meshes)} meshes, {list(meshes)}; put them on one.")
+    return next(iter(meshes), None)
+
+
+def generation_mesh(mesh: Mesh) -> Mesh:
+    """The same devices with no axis for a row's tokens, which are made one after the other: those that would share a
+    row do the same."""
+    names = tuple("repeated" if name == LENGTH_AXIS else name for name in mesh.axis_names)
+    return Mesh(mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def automatic_axes() -> dict[str, int]:
