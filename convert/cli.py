@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax
 
+import zamba2_jax
 from convert.inspection import inspect
 from convert.verification import verify
-from zamba2_jax.checkpoint import open_parameters, write_hugging_face, write_orbax
-from zamba2_jax.checkpoint.files import find_checkpoint, is_orbax
+from zamba2_jax.checkpoint import load_pretrained, open_parameters, write_hugging_face, write_orbax
+from zamba2_jax.checkpoint.files import ADAPTER, RUN, find_checkpoint, is_orbax, read_json
+from zamba2_jax.checkpoint.parameters import ModelParameters
 
 _EXAMPLES = """examples:
   python -m convert from-hf Zyphra/Zamba2-1.2B zamba2-1.2b
@@ -60,6 +62,8 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    if (Path(options.source).expanduser() / ADAPTER).is_dir():
+        return _merged_to_hf(Path(options.source).expanduser(), options)
     source = _find(options.source, options)
     _check_target(source, options)
     write_hugging_face(
@@ -72,6 +76,37 @@ def _to_hf(options: argparse.Namespace) -> int:
     )
     print(f"wrote {options.target}; load it with transformers' from_pretrained({options.target!r})")
     return 0
+
+
+def _merged_to_hf(run: Path, options: argparse.Namespace) -> int:
+    """A run that trained a LoRA: the checkpoint that it began with, and the LoRA merged into its weights."""
+    _check_target(run, options)
+    base = read_json(run / RUN)["options"]["model"]
+    architecture = "Zamba2ForSequenceClassification" if _is_classifier(run) else "Zamba2ForCausalLM"
+    with jax.default_matmul_precision("highest"):
+        model = load_pretrained(
+            getattr(zamba2_jax, architecture),
+            _find(base, options),
+            param_dtype=options.dtype,
+            progress=options.progress,
+        )
+        zamba2_jax.load_lora(model, run / ADAPTER)
+        zamba2_jax.merge_lora(model)
+    parameters = ModelParameters(model)
+    parameters.directory = run  # its tokenizer
+    write_hugging_face(
+        parameters,
+        options.target,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        progress=options.progress,
+    )
+    print(f"wrote {options.target}: {base} with the LoRA of {run} merged into it")
+    return 0
+
+
+def _is_classifier(run: Path) -> bool:
+    return read_json(run / RUN)["command"] == "classify"
 
 
 def _inspect(options: argparse.Namespace) -> int:

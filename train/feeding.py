@@ -10,6 +10,9 @@ from jax.sharding import Mesh
 
 from train.step import Batch, rows_sharding
 
+# Arrays of tokens, (b, l). Others have one entry, or several labels, a row.
+_OF_TOKENS = ("input_ids", "labels", "segment_ids", "attention_mask")
+
 
 class Feed:
     """How batches of `rows` rows are spread over a mesh.
@@ -32,9 +35,9 @@ class Feed:
 
     def place(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's share of a batch, as arrays of the whole batch on the devices of all."""
-        return {name: self._place(np.asarray(array)) for name, array in batch.items()}
+        return {name: self._place(np.asarray(array), 2 if name in _OF_TOKENS else 1) for name, array in batch.items()}
 
-    def _place(self, array: np.ndarray) -> jax.Array:
+    def _place(self, array: np.ndarray, spread_axes: int) -> jax.Array:
         first = self.share[0] * (self._rows // self.share[1])
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -42,4 +45,4 @@ class Feed:
             return array[(slice(start - first, stop - first), *index[1:])]
 
         shape = (self._rows, *array.shape[1:])
-        return jax.make_array_from_callback(shape, rows_sharding(self._mesh, array.ndim), part)
+        return jax.make_array_from_callback(shape, rows_sharding(self._mesh, spread_axes), part)

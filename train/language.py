@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,7 @@ def make_loss(*, z_loss: float = 0.0, dropout: bool = False) -> Loss:
     """
 
     def loss(model: Zamba2ForCausalLM, rows: Batch, key: jax.Array | None, count: jax.Array) -> jax.Array:
-        outputs = model.model(
-            rows["input_ids"], segment_ids=rows["segment_ids"], dropout_key=key if dropout else None
-        )
+        outputs = model.model(rows["input_ids"], segment_ids=rows["segment_ids"], dropout_key=key if dropout else None)
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         return linear_causal_lm_loss(
             outputs.last_hidden_state,
@@ -60,21 +58,24 @@ def count_tokens(rows: Batch) -> jax.Array:
     return jnp.sum(counted_labels(rows) != IGNORED, dtype=jnp.int32)
 
 
-def evaluate(program: Program, params: Params, frozen: Params, batches: Iterable[Batch]) -> dict[str, float]:
-    """Loss and perplexity over all counted tokens of `batches`, which are spread over the program's mesh.
+def evaluate(step: Callable[[Batch], tuple[jax.Array, jax.Array]], batches: Iterable[Batch]) -> dict[str, float]:
+    """Loss and perplexity over all counted tokens of `batches`.
+
+    Args:
+        step: a batch's summed loss and its count.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no token to predict.
     """
     total, count = 0.0, 0
-    pending = None
-    for batch in batches:  # a batch's sums are read while the next one runs
-        sums = program.eval_step(params, frozen, batch)
-        if pending is not None:
-            total, count = total + float(pending[0]), count + int(pending[1])
-        pending = sums
-    if pending is not None:
-        total, count = total + float(pending[0]), count + int(pending[1])
+    pending: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        pending.append(step(batch))
+        if len(pending) > 1:  # read while the next batch runs
+            sums = jax.device_get(pending.pop(0))
+            total, count = total + float(sums[0]), count + int(sums[1])
+    for sums in jax.device_get(pending):
+        total, count = total + float(sums[0]), count + int(sums[1])
     if count == 0:
         raise ValueError("the evaluation data holds no token to predict: its documents have one token each, or none.")
     loss = total / count
@@ -138,10 +139,8 @@ class LanguageTask:
     def evaluate(self, program: Program, params: Params, frozen: Params) -> dict[str, float]:
         options = self._options
         feed = Feed(program.mesh, options.batch_size)
-        batches = self._eval_data.evaluation_batches(
-            options.batch_size, shard=feed.share, limit=options.eval_batches
-        )
-        return evaluate(program, params, frozen, map(feed.place, batches))
+        batches = self._eval_data.evaluation_batches(options.batch_size, shard=feed.share, limit=options.eval_batches)
+        return evaluate(lambda batch: program.eval_step(params, frozen, batch), map(feed.place, batches))
 
     def samples(self, model: nnx.Module) -> Iterator[tuple[str, str]]:
         """(prompt, continuation) of each prompt."""

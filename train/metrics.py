@@ -240,7 +240,7 @@ def draw(path: Path, steps: list[int], losses: list[float], evaluations: list[tu
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), "o-", color="C1", markersize=4, label="evaluation")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}.writing")

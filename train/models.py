@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,9 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.options import LoraOptions, RunOptions
-from zamba2_jax import Zamba2Config
+from zamba2_jax import LoraConfig, Zamba2Config, add_lora, lora, save_lora
 from zamba2_jax.checkpoint import open_parameters
-from zamba2_jax.checkpoint.files import find_checkpoint, read_json, settings_directory
+from zamba2_jax.checkpoint.files import ADAPTER, find_checkpoint, read_json, settings_directory
 from zamba2_jax.models import PretrainedModel
 from zamba2_jax.sharding import param_shardings
 
@@ -105,8 +108,6 @@ def base_dtype(options: RunOptions) -> str:
 
 def adapted(model: PretrainedModel, options: LoraOptions) -> PretrainedModel:
     """`model` with the LoRAs that were asked for."""
-    from zamba2_jax.lora import add_lora
-
     config = lora_config(options)
     if isinstance(jax.tree.leaves(nnx.state(model))[0], jax.ShapeDtypeStruct):
 
@@ -120,8 +121,7 @@ def adapted(model: PretrainedModel, options: LoraOptions) -> PretrainedModel:
 
 
 def lora_config(options: LoraOptions) -> LoraConfig:
-    from zamba2_jax.lora import LoraConfig
-
+    """The LoRAs that were asked for."""
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     targets = {"target_modules": options.lora_targets} if options.lora_targets else {}
     return LoraConfig(
@@ -137,8 +137,6 @@ def trainable(model: PretrainedModel, options: RunOptions) -> nnx.filterlib.Filt
     """What of `model` is trained."""
     if not adapts(options):
         return nnx.Param
-    from zamba2_jax import lora
-
     return lora.trainable(model)
 
 
@@ -149,9 +147,7 @@ def has_dropout(config: Zamba2Config, options: RunOptions) -> bool:
 
 def load(model_class: type[PretrainedModel], options: RunOptions, mesh: Mesh) -> PretrainedModel:
     """The checkpoint `options.model` on the devices, with LoRAs if they were asked for."""
-    model = model_class.from_pretrained(
-        options.model, dtype=options.dtype, param_dtype=base_dtype(options), mesh=mesh
-    )
+    model = model_class.from_pretrained(options.model, dtype=options.dtype, param_dtype=base_dtype(options), mesh=mesh)
     return adapted(model, options) if adapts(options) else model
 
 
@@ -174,6 +170,16 @@ def load_tokenizer(name: str | None, model: str) -> PreTrainedTokenizerBase:
             f"there is no tokenizer in {source} ({str(error).splitlines()[0]}); give "
             f"{'another ' if name else ''}--tokenizer, a directory or hub id."
         ) from error
+
+
+def fingerprint(content: Any) -> str:
+    """Of what can be written as JSON."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def save_adapter(model: PretrainedModel, directory: Path, base: str) -> None:
+    """The LoRAs alone, in PEFT's files. Every process of a job calls it; the first one writes."""
+    save_lora(model, directory / ADAPTER, base_model_name_or_path=base)
 
 
 def encode_prompts(

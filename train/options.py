@@ -222,7 +222,7 @@ class ClassifyOptions(LoraOptions, RunOptions):
     tokenizer: str | None = None
     """A directory or hub id; default: the model's."""
     seq_len: int = 512
-    """Longer texts lose their beginning."""
+    """Tokens per row; longer texts lose their end."""
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """Default: multi-label for lists, regression for floats, else single-label."""
     num_labels: int | None = None

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from train import run_directory
+from train import models, run_directory
 from train.checkpoints import Checkpoints
 from train.feeding import Feed
 from train.metrics import Reporter
@@ -98,12 +98,18 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
     program = make_program(skeleton, options, mesh, task.loss, task.count)
 
     keep = {"keep_last": options.keep_last, "keep_best": options.keep_best}
-    with Checkpoints(options.output, kind=task.kind, **keep) as checkpoints, StopRequest() as stop, contextlib.ExitStack() as stack:
+    with (
+        Checkpoints(options.output, kind=task.kind, **keep) as checkpoints,
+        StopRequest() as stop,
+        contextlib.ExitStack() as stack,
+    ):
         # ---- the state: from the last checkpoint, or from the beginning
         batches = task.batches(feed.share)
         start = checkpoints.latest_step() or 0
         if start > options.steps:
-            raise ValueError(f"--output {options.output} has made {start} steps already, more than --steps {options.steps}")
+            raise ValueError(
+                f"--output {options.output} has made {start} steps already, more than --steps {options.steps}"
+            )
         if start:
             state, position = checkpoints.restore(start, program.state)
             batches.set_state(position)
@@ -173,6 +179,8 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
             # ---- the end
             read_metrics()
             checkpoints.wait()
+            if task.kind == "lora":
+                models.save_adapter(skeleton.build(state.params, frozen), options.output, options.model)
             if stop.seen:
                 reporter.say(f"asked to stop: step {saved} is saved; the same command goes on from there")
             else:

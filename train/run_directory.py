@@ -1,11 +1,11 @@
 """A run's directory: what it says about the run, and whether another command may go on with it.
 
-    run.json          the options that decide what is learned, and the model's config: a command that would learn
-                      something else is refused
-    config.json, generation_config.json, tokenizer files: with them and `checkpoints` it loads as a checkpoint
-    checkpoints/      `train.checkpoints`
-    metrics.jsonl     a line per step; eval.jsonl and samples.jsonl, one per evaluation and sample
-    loss.png, tensorboard/, profile/
+run.json          the options that decide what is learned, and the model's config: a command that would learn
+                  something else is refused
+config.json, generation_config.json, tokenizer files: with them and `checkpoints` it loads as a checkpoint
+checkpoints/      `train.checkpoints`
+metrics.jsonl     a line per step; eval.jsonl and samples.jsonl, one per evaluation and sample
+loss.png, tensorboard/, profile/
 """
 
 from __future__ import annotations

@@ -117,6 +117,7 @@ class Program:
         eval_step: jitted, (params, frozen, batch) -> (summed loss, count).
         init_state: jitted, (params, key) -> the state of step 0; donates the parameters.
         state, frozen: abstract, with shardings.
+        skeleton: of the model.
         mesh: to run under: `with jax.set_mesh(program.mesh): ...`.
     """
 
@@ -125,6 +126,7 @@ class Program:
     init_state: Callable[..., TrainState]
     state: TrainState
     frozen: Params
+    skeleton: Skeleton
     mesh: Mesh
 
     def abstract_batch(self, shapes: Mapping[str, tuple[int, ...]]) -> Batch:
@@ -195,9 +197,6 @@ def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Los
         }
         return state, metrics
 
-    def eval_step(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss(skeleton.build(params, frozen), batch, None, jnp.ones((), jnp.float32)), count(batch)
-
     # ---- the same as abstract values
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(init_state, params, key)
@@ -213,12 +212,35 @@ def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Los
     )
     return Program(
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated)),
-        eval_step=jax.jit(eval_step, out_shardings=replicated),
+        eval_step=make_eval_step(skeleton, loss, count, mesh),
         init_state=jax.jit(init_state, donate_argnums=0, out_shardings=shardings),
         state=state,
         frozen=frozen,
+        skeleton=skeleton,
         mesh=mesh,
     )
+
+
+def make_eval_step(
+    skeleton: Skeleton, loss: Loss, count: Count, mesh: Mesh
+) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Jitted: (params, frozen, batch) -> (summed loss, count), without dropout."""
+
+    def eval_step(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss(skeleton.build(params, frozen), batch, None, jnp.ones((), jnp.float32)), count(batch)
+
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def make_predict_step(
+    skeleton: Skeleton, predict: Callable[[nnx.Module, Batch], jax.Array], mesh: Mesh
+) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Jitted: (params, frozen, batch) -> what `predict` makes of the batch, whole on every device."""
+
+    def predict_step(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+        return predict(skeleton.build(params, frozen), batch)
+
+    return jax.jit(predict_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _summed_gradient(
@@ -235,7 +257,9 @@ def _summed_gradient(
         array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
         return jnp.moveaxis(array, 1, 0)
 
-    def add_part(sums: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
+    def add_part(
+        sums: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[jax.Array, Params], None]:
         rows, index = part
         return jax.tree.map(jnp.add, sums, gradient_of(params, rows, jax.random.fold_in(key, index))), None
 

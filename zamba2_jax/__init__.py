@@ -8,6 +8,7 @@
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.hub import demo_path
+from zamba2_jax.lora import LoraConfig, add_lora, load_lora, merge_lora, save_lora
 from zamba2_jax.models import Zamba2ForCausalLM, Zamba2ForSequenceClassification, Zamba2Model
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from zamba2_jax.quantization import quantize
@@ -17,12 +18,17 @@ __version__ = "0.1.0"
 __all__ = [
     "BaseModelOutputWithPast",
     "CausalLMOutputWithPast",
+    "LoraConfig",
     "SequenceClassifierOutputWithPast",
     "Zamba2Cache",
     "Zamba2Config",
     "Zamba2ForCausalLM",
     "Zamba2ForSequenceClassification",
     "Zamba2Model",
+    "add_lora",
     "demo_path",
+    "load_lora",
+    "merge_lora",
     "quantize",
+    "save_lora",
 ]

@@ -53,12 +53,13 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """What a call brings along: a state per layer; keys and values, and a key for attention dropout, per hybrid layer.
-    None, each, for nothing."""
+    """What a call brings along: a state and a key for dropout per layer; keys and values, and another key for dropout,
+    per hybrid layer. None, each, for nothing."""
 
     mamba: Sequence[MambaState | None]
     attention: Sequence[KeyValue | None]
     dropout_keys: Sequence[jax.Array | None]
+    mamba_dropout_keys: Sequence[jax.Array | None]
 
 
 @dataclasses.dataclass
@@ -121,7 +122,8 @@ class LayerStack:
                 use = (past.attention[j], past.dropout_keys[j])
                 output, left = self._apply_use(remember, self._block_of(j), self.uses[j], hidden, *use)
                 trail.add_use(left)
-            hidden, left = self._apply_layer(remember, layer, hidden, past.mamba[index], output)
+            of_layer = (past.mamba[index], past.mamba_dropout_keys[index])
+            hidden, left = self._apply_layer(remember, layer, hidden, *of_layer, output)
             trail.add_layer(left)
         return hidden, trail
 
@@ -140,9 +142,9 @@ class LayerStack:
         output, *left = remember(apply)(hidden, self.embedded, key_value)
         return output, tuple(left)
 
-    def _apply_layer(self, remember, layer, hidden, state, transformer_output=None):
+    def _apply_layer(self, remember, layer, hidden, state, dropout_key, transformer_output=None):
         def apply(hidden, state, transformer_output):
-            return layer(hidden, self.layout, state, transformer_output)
+            return layer(hidden, self.layout, state, transformer_output, dropout_key)
 
         before = hidden if self.keep_inputs else None
         hidden, state = remember(apply)(hidden, state, transformer_output)
@@ -161,15 +163,19 @@ class LayerStack:
             return (*plain, layers[end].kind, stage.use % len(self.blocks), uses[stage.use].kind)
 
         def arrays(stage: Stage):
-            """(parameters, state) of the plain layers, stacked, and of the hybrid one; (parameters, past) of its
+            """(parameters, state, key) of the plain layers, stacked, and of the hybrid one; (parameters, past) of its
             use."""
+
+            def of_layer(index: int):
+                return layers[index].params, past.mamba[index], past.mamba_dropout_keys[index]
+
             end = stage.start + stage.plain
-            plain = [(layers[index].params, past.mamba[index]) for index in range(stage.start, end)]
+            plain = [of_layer(index) for index in range(stage.start, end)]
             plain = _stack(plain) if plain else None
             if stage.use is None:
                 return plain, None, None
             of_use = (uses[stage.use].params, past.attention[stage.use], past.dropout_keys[stage.use])
-            return plain, (layers[end].params, past.mamba[end]), of_use
+            return plain, of_layer(end), of_use
 
         def run_stage(stage: Stage, remember, hidden, arrays):
             plain, hybrid, of_use = arrays
@@ -177,16 +183,16 @@ class LayerStack:
             if plain is not None:
 
                 def step(hidden, arrays):
-                    params, state = arrays
+                    params, *of_layer = arrays
                     layer = layers[stage.start].module(params)
-                    return self._apply_layer(_checkpoint(policy, in_loop=True), layer, hidden, state)
+                    return self._apply_layer(_checkpoint(policy, in_loop=True), layer, hidden, *of_layer)
 
                 hidden, left_plain = jax.lax.scan(step, hidden, plain)
             if stage.use is not None:
                 use = uses[stage.use].module(of_use[0])
                 output, left_use = self._apply_use(remember, self._block_of(stage.use), use, hidden, *of_use[1:])
                 layer = layers[stage.start + stage.plain].module(hybrid[0])
-                hidden, left_hybrid = self._apply_layer(remember, layer, hidden, hybrid[1], output)
+                hidden, left_hybrid = self._apply_layer(remember, layer, hidden, *hybrid[1:], output)
             return hidden, (left_plain, left_hybrid, left_use)
 
         trail = Trail()

@@ -61,6 +61,7 @@ class PretrainedModel(nnx.Module):
         dtype: of computation. Norms, softmax, SSM states and losses are float32 whatever it is.
         param_dtype: of stored parameters; A_log, D and dt_bias are float32 whatever it is.
         generation_config: contents of the checkpoint's generation_config.json, or None. Assign a dict to change it.
+        lora_config: of the model's LoRAs, or None where it has none (`zamba2_jax.add_lora`).
     """
 
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike | None):
@@ -71,6 +72,7 @@ class PretrainedModel(nnx.Module):
             if not jnp.issubdtype(value, jnp.floating):
                 raise ValueError(f"{name} must be a floating dtype such as bfloat16 or float32, got {value}.")
         self.generation_config = None
+        self.lora_config = None
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
@@ -291,7 +293,8 @@ class Zamba2Model(PretrainedModel):
             output_attentions: return attention probabilities (computed the plain way, (b, heads, l, keys) each).
             output_hidden_states: return the input of every layer and the final state.
             cache_length: slots of the cache that `use_cache=True` makes; None is `config.max_position_embeddings`.
-            dropout_key: a `jax.random` key turns `config.attention_dropout` on, as in training. None: no dropout.
+            dropout_key: a `jax.random` key turns `config.attention_dropout` on, and the dropout of a LoRA
+                (`zamba2_jax.add_lora`), as in training. None: no dropout.
 
         Raises:
             ValueError: before anything runs, for inputs that contradict each other, have the wrong shape, hold ids
@@ -333,8 +336,8 @@ class Zamba2Model(PretrainedModel):
         )
         slot_mask = None if past is None else _fill_slots(past, layout, inputs.length)
         context = self._attention_context(layout, past, None if empty else slot_mask, output_attentions)
-        uses = self.config.num_hybrid_layers
-        dropout_keys = [None] * uses if dropout_key is None else list(jax.random.split(dropout_key, uses))
+        uses, count = self.config.num_hybrid_layers, self.config.num_hidden_layers
+        keys = [None] * (uses + count) if dropout_key is None else list(jax.random.split(dropout_key, uses + count))
         embedded = self.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds.astype(self.dtype)
         embedded = constrain(embedded, "batch", "length", None)
 
@@ -349,9 +352,10 @@ class Zamba2Model(PretrainedModel):
             keep_inputs=output_hidden_states,
         )
         before = Past(
-            mamba=[None] * self.config.num_hidden_layers if past is None else past.mamba,
+            mamba=[None] * count if past is None else past.mamba,
             attention=[None] * uses if past is None else past.attention,
-            dropout_keys=dropout_keys,
+            dropout_keys=keys[:uses],
+            mamba_dropout_keys=keys[uses:],
         )
         hidden, trail = stack.run(embedded, before, self._execution_for(past, inputs.length))
         hidden = self.final_layernorm(hidden)

@@ -209,9 +209,11 @@ class TestProgram:
         program, state = start(models.jax, options())
         text = program.train_step.lower(state, {}, batch).compile().as_text()
         count = len(jax.tree.leaves(state))
-        assert text.split("input_output_alias={", 1)[1].split("}, entry_computation_layout", 1)[0].count("may-alias") + (
-            text.split("input_output_alias={", 1)[1].split("}, entry_computation_layout", 1)[0].count("must-alias")
-        ) >= count - 1  # the key comes out as it came in
+        assert (
+            text.split("input_output_alias={", 1)[1].split("}, entry_computation_layout", 1)[0].count("may-alias")
+            + (text.split("input_output_alias={", 1)[1].split("}, entry_computation_layout", 1)[0].count("must-alias"))
+            >= count - 1
+        )  # the key comes out as it came in
 
     def test_compiles_from_abstract_values(self, models):
         """What `plan` does: nothing is allocated, and the program is the same."""

@@ -9,25 +9,19 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
 from jaxtyping import Bool, Int, UInt
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from train.data.encoding import Document, make_encode
-from train.data.records import Reading, Record
+from train.data.records import Reading
 from train.data.sources import Source
+from train.data.tokenizing import encode_records, largest_id, progress_bar, unique_suffix
 
 _VERSION = 1  # of what the files hold: counted up when the same input would give other tokens
-_BATCH_DOCUMENTS = 512
-_BATCH_CHARACTERS = 1 << 22
 _HASH_BYTES = 1 << 22
 _ABANDONED = 3600.0  # seconds after which nobody is still writing
 
@@ -101,11 +95,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest(json.dumps(whole, sort_keys=True, default=str).encode())
 
 
-def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest id that a text can become."""
-    return max(tokenizer.get_vocab().values())
-
-
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -116,13 +105,16 @@ def _digest(content: bytes) -> str:
 def _content_digest(source: Source, cache_dir: Path, progress: bool | None) -> str:
     """Of the bytes of all files, in their order. Remembered for as long as paths, sizes and times stay the same: a run
     that resumes does not read everything again."""
-    stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in source.files]
+    stats = []
+    for file in source.files:
+        stat = file.stat()
+        stats.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     memory = cache_dir / "digests" / _digest(json.dumps(stats).encode())
     with contextlib.suppress(FileNotFoundError):
         return memory.read_text()
     whole = hashlib.blake2b(digest_size=16)
-    with _bar(f"reading {source.name}", sum(size for _, size, _ in stats), "B", progress) as bar:
-        for file, (_, size, _) in zip(source.files, stats, strict=True):
+    with progress_bar(f"reading {source.name}", sum(size for _, size, *_ in stats), "B", progress) as bar:
+        for file, (_, size, *_) in zip(source.files, stats, strict=True):
             whole.update(size.to_bytes(8, "little"))
             with file.open("rb") as content:
                 while block := content.read(_HASH_BYTES):
@@ -130,40 +122,13 @@ def _content_digest(source: Source, cache_dir: Path, progress: bool | None) -> s
                     bar.update(len(block))
     digest = whole.hexdigest()
     memory.parent.mkdir(exist_ok=True)
-    temporary = memory.with_name(f"{memory.name}.{_unique()}")
+    temporary = memory.with_name(f"{memory.name}.{unique_suffix()}")
     temporary.write_text(digest)
     temporary.replace(memory)
     return digest
 
 
 # ---- writing
-
-
-def encode_records(
-    reading: Reading, tokenizer: PreTrainedTokenizerBase, *, text_field: str, description: str, progress: bool | None
-) -> Iterator[Document]:
-    """All documents of a source, a batch of records in memory at a time."""
-    encode = make_encode(reading.format, tokenizer, text_field=text_field)
-    with _bar(description, reading.total, reading.unit, progress) as bar:
-        for batch in _batches(reading.records()):
-            yield from encode(batch)
-            bar.update(batch[-1].done - bar.n)
-
-
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += len(record.value) if isinstance(record.value, str | bytes) else _characters(record.value)
-        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _characters(fields: dict[str, Any]) -> int:
-    return sum(len(value) for value in fields.values() if isinstance(value, str))
 
 
 def _write(
@@ -175,7 +140,7 @@ def _write(
     progress: bool | None,
 ) -> None:
     """Fills a directory beside `directory` and gives it its name when it is complete."""
-    temporary = directory.with_name(f"{directory.name}.writing-{_unique()}")
+    temporary = directory.with_name(f"{directory.name}.writing-{unique_suffix()}")
     temporary.mkdir()
     try:
         _write_files(source, reading, tokenizer, text_field, temporary, progress)
@@ -204,6 +169,7 @@ def _write_files(
     # Half the space where every id of the tokenizer fits.
     small = reading.format != "tokens" and largest_id(tokenizer) < 1 << 16
     dtype = "<u2" if small else "<u4"
+    may_be_masked = reading.format != "text"
     described = "reading" if reading.format == "tokens" else "tokenising"
     with (
         (directory / "tokens").open("wb") as token_file,
@@ -215,7 +181,8 @@ def _write_files(
         ):
             token_file.write(ids.astype(dtype).tobytes())
             length_file.write(np.array(len(ids), "<i4").tobytes())
-            counted_file.write((np.ones(len(ids), bool) if counted is None else counted).tobytes())
+            if may_be_masked:
+                counted_file.write((np.ones(len(ids), bool) if counted is None else counted).tobytes())
             documents += 1
             tokens += len(ids)
             counted_tokens += len(ids) if counted is None else int(counted.sum())
@@ -232,11 +199,6 @@ def _write_files(
         "dtype": dtype,
     }
     (directory / "meta.json").write_text(json.dumps(meta))
-
-
-def _unique() -> str:
-    """A name that no other process has."""
-    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 def _remove_abandoned(directory: Path) -> None:
@@ -269,16 +231,4 @@ def _open(directory: Path, source: Source, vocab_size: int) -> TokenCache:
         counted=np.memmap(directory / "counted", bool, "r") if masked else None,
         lengths=np.fromfile(directory / "lengths", "<i4"),
         fingerprint=directory.name,
-    )
-
-
-def _bar(description: str, total: int, unit: str, progress: bool | None) -> tqdm:
-    """A bar on stderr for what takes longer than a moment. `progress` None: only where stderr is a terminal."""
-    return tqdm(
-        desc=description,
-        total=total,
-        unit=unit,
-        unit_scale=True,
-        delay=2,
-        disable=None if progress is None else not progress,
     )

@@ -41,7 +41,7 @@ def encode_conversation(
             ids, counted = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], bool)
         else:
             ids, counted = _encode_by_prefixes(tokenizer, messages, tools, place)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # its own refusal, or a fault in its arithmetic
         raise ValueError(f"{place}: the chat template refuses this conversation: {error}") from None
     if not counted.any():
         raise ValueError(f"{place}: the assistant's messages hold no token, so that there is nothing to learn from.")

@@ -10,11 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
+from train.data.array_records import from_bytes
 from train.data.chat import encode_conversation
 from train.data.records import CHAT_FIELDS, Record
-
-NOT_COUNTED = np.uint32(1 << 31)
-"""The bit that marks, in an ArrayRecord of token ids, a token that does not count in the loss."""
 
 
 class Document(NamedTuple):
@@ -25,7 +23,7 @@ class Document(NamedTuple):
 
 
 Encode = Callable[[Sequence[Record]], list[Document]]
-"""Documents of some records, in their order. Those without any content are left out."""
+"""The documents of some records, in their order."""
 
 
 def make_encode(format: str, tokenizer: PreTrainedTokenizerBase, *, text_field: str) -> Encode:
@@ -43,7 +41,7 @@ def make_encode(format: str, tokenizer: PreTrainedTokenizerBase, *, text_field: 
         ValueError: chat without a template.
     """
     if format == "tokens":
-        return lambda records: [document for record in records if len((document := _decode(record)).ids)]
+        return lambda records: [Document(*from_bytes(record.value, record.place)) for record in records]
     if format == "chat":
         if not tokenizer.chat_template:
             raise ValueError(
@@ -88,8 +86,8 @@ def _encode_completions(tokenizer: PreTrainedTokenizerBase, records: Sequence[Re
         counted = np.ones(len(full), bool)
         # A token that reaches into the completion belongs to it; a begin token has the offsets (0, 0).
         counted[: len(ids)] = np.array(offsets).reshape(-1, 2)[:, 1] > len(prompt)
-        if len(full) == len(ids):
-            counted[-1] |= ids[-1] == tokenizer.eos_token_id
+        # So does an end token that the tokenizer itself has added, with the same offsets.
+        counted[-1:] |= full[-1:] == tokenizer.eos_token_id
         documents.append(Document(full, counted))
     return documents
 
@@ -147,24 +145,7 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], list[Any] | Non
         else:
             known = ", ".join(_ROLES)
             raise ValueError(f"{record.place}: {name}[{index}] is from {turn['from']!r}; known are {known}.")
-    return messages, record.value.get("tools")
-
-
-# ---- token ids
-
-
-def pack_tokens(document: Document) -> bytes:
-    """The ArrayRecord form of a document: a little-endian uint32 per token, `NOT_COUNTED` added where it applies."""
-    values = document.ids.astype("<u4")
-    if document.counted is not None:
-        values = np.where(document.counted, values, values | NOT_COUNTED).astype("<u4")
-    return values.tobytes()
-
-
-def _decode(record: Record) -> Document:
-    if len(record.value) % 4:
-        raise ValueError(
-            f"{record.place} has {len(record.value)} bytes; a document is one little-endian uint32 per token."
-        )
-    values = np.frombuffer(record.value, "<u4")
-    return Document((values & ~NOT_COUNTED).astype(np.int64), (values & NOT_COUNTED) == 0)
+    tools = record.value.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{record.place}: 'tools' must be a list, got {_shown(tools)}.")
+    return messages, tools

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +11,12 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from train.data.cache import TokenCache, default_cache_dir, largest_id, open_tokens
+from train.data.cache import TokenCache, default_cache_dir, open_tokens
 from train.data.packing import Plan, plan_rows
 from train.data.records import FORMATS, read_source
 from train.data.rows import PackedRows
 from train.data.sources import Source, find_sources
+from train.data.tokenizing import check_tokenizer
 
 # Threads read ahead; what they return is in order, so that their number changes nothing but speed.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -63,11 +63,15 @@ class Data:
             rows=rows,
             padding=1 - tokens / (rows * plans[0].seq_len),
         )
-        identity = [
-            [cache.fingerprint, source.weight, plan.rows, plan.seq_len]
-            for source, cache, plan in zip(sources, caches, plans, strict=True)
-        ]
-        self.fingerprint = hashlib.blake2b(json.dumps([identity, seed]).encode(), digest_size=16).hexdigest()
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        whole = hashlib.blake2b(str(self._seed).encode(), digest_size=16)
+        for source, cache, plan in zip(self._sources, self._caches, self._plans, strict=True):
+            whole.update(f"{cache.fingerprint} {source.weight} {plan.seq_len}".encode())
+            for array in (plan.start, plan.length, plan.first_piece):
+                whole.update(np.ascontiguousarray(array))
+        return whole.hexdigest()
 
     def batches(self, rows: int, *, shard: tuple[int, int] = (0, 1), start: int = 0) -> grain.DatasetIterator:
         """Training batches without end: shuffled anew in each pass, mixed by the sources' weights, or, without weights,
@@ -95,7 +99,7 @@ class Data:
         if None in weights:
             order = grain.MapDataset.concatenate(parts).shuffle(_seed_of(self._seed, 0)).repeat()
         else:
-            # Each source goes its own way through its passes.
+            # Each source goes through passes of its own. Grain rounds weights by at most a hundredth of the smallest.
             order = grain.MapDataset.mix(
                 [part.shuffle(_seed_of(self._seed, index)).repeat() for index, part in enumerate(parts)], weights
             )
@@ -189,21 +193,6 @@ def open_data(
     ]
     pad_id = next(id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if id is not None)
     return Data(found, caches, plans, pad_id, seed)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuses a tokenizer that does not do for a model with `vocab_size` tokens."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer; one with a tokenizer.json is needed, which "
-            "says where in the text each token stands."
-        )
-    largest = largest_id(tokenizer)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer's vocabulary does not fit the model: it has ids up to {largest}, the model's vocab_size is "
-            f"{vocab_size}. Give the tokenizer that belongs to the model."
-        )
 
 
 def _share(rows: int, shard: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ from train.data.sources import DATASET_KIND, Source
 FORMATS = ("text", "chat", "completion")
 CHAT_FIELDS = ("messages", "conversations")
 COMPLETION_FIELDS = ("prompt", "completion")
+OPTIONAL_FIELDS = {"chat": ("tools",)}
 
 _ROWS = 256  # of a table that are in memory at a time
 
@@ -119,6 +120,12 @@ def needed_fields(format: str, names: Collection[str], text_field: str) -> tuple
     return (next((field for field in CHAT_FIELDS if field in names), CHAT_FIELDS[0]),)
 
 
+def _columns(format: str, names: Collection[str], text_field: str) -> list[str]:
+    """What to read of a table."""
+    optional = [name for name in OPTIONAL_FIELDS.get(format, ()) if name in names]
+    return [*needed_fields(format, names, text_field), *optional]
+
+
 def _bytes_of(source: Source) -> int:
     return sum(file.stat().st_size for file in source.files)
 
@@ -189,9 +196,9 @@ def _read_parquet(source: Source, *, text_field: str, format: str | None) -> Rea
         done = 0
         for file in source.files:
             with pyarrow.parquet.ParquetFile(file) as table:
-                columns = needed_fields(chosen, table.schema_arrow.names, text_field)
+                columns = _columns(chosen, table.schema_arrow.names, text_field)
                 number = 0
-                for batch in table.iter_batches(batch_size=_ROWS, columns=list(columns)):
+                for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
                     for row in batch.to_pylist():
                         number, done = number + 1, done + 1
                         yield Record(file, "row", number, row, done)
@@ -201,14 +208,20 @@ def _read_parquet(source: Source, *, text_field: str, format: str | None) -> Rea
 
 def _read_dataset(source: Source, *, text_field: str, format: str | None) -> Reading:
     import datasets
+    import pyarrow
 
     path = Path(source.name).expanduser()
-    table = datasets.load_from_disk(str(path))
+    if not any(file.suffix == ".arrow" for file in source.files):  # which datasets itself cannot load
+        raise ValueError(f"{source.name} holds no rows.")
+    try:
+        table = datasets.load_from_disk(str(path))
+    except (pyarrow.ArrowException, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source.name} is no dataset that can be loaded: {error}") from error
     chosen = choose_format(table.column_names, source.name, text_field=text_field, format=format)
     if not len(table):
         raise ValueError(f"{source.name} holds no rows.")
-    columns = needed_fields(chosen, table.column_names, text_field)
-    table = table.select_columns(list(columns)).with_format(None)
+    columns = _columns(chosen, table.column_names, text_field)
+    table = table.select_columns(columns).with_format(None)
 
     def records() -> Iterator[Record]:
         number = 0

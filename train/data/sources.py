@@ -60,7 +60,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
         raise ValueError(f"data sources are a sequence of paths, got the string {arguments!r}; write [{arguments!r}].")
     if not arguments:
         raise ValueError(f"no data source is given; {ACCEPTED}.")
-    sources = [_find_source(*_split_weight(argument)) for argument in arguments]
+    sources = [_find_source(*_split_weight(str(argument))) for argument in arguments]
     weighted = [source.name for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         without = next(source.name for source in sources if source.weight is None)

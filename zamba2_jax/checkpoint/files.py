@@ -28,6 +28,7 @@ ORBAX = "params"
 # A training run's directory (`train.run_directory`): what marks it, and where its checkpoints are.
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
 _SETTINGS = ("config.json", "generation_config.json")
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.pt", "*.pth")
@@ -117,7 +118,9 @@ def _step_of_run(run: Path, step: str | None) -> Path:
     if step is None:
         return run / CHECKPOINTS / str(steps[-1])
     if not step.isdigit() or int(step) not in steps:
-        raise FileNotFoundError(f"{run}@{step}: the run has no such checkpoint; its steps: {', '.join(map(str, steps))}.")
+        raise FileNotFoundError(
+            f"{run}@{step}: the run has no such checkpoint; its steps: {', '.join(map(str, steps))}."
+        )
     return run / CHECKPOINTS / str(int(step))
 
 

@@ -187,7 +187,7 @@ class ModelParameters(Parameters):
     """The parameters of a model in memory, on whatever devices they are spread.
 
     Raises:
-        ValueError: the model is quantised.
+        ValueError: the model is quantised, or has LoRAs.
     """
 
     def __init__(self, model: nnx.Module):
@@ -197,6 +197,11 @@ class ModelParameters(Parameters):
             raise ValueError(
                 f"the model is quantized to {quantized}, which checkpoints do not hold; load it without quantize= and "
                 "save that, and quantize where it is loaded."
+            )
+        if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+            raise ValueError(
+                "the model has LoRAs, which checkpoints do not hold: merge them into its weights (merge_lora) and save "
+                "the result, or save them alone (save_lora)."
             )
         self.config, self.architecture = model.config, type(model).__name__
         self.generation_config = model.generation_config
@@ -214,7 +219,7 @@ class ModelParameters(Parameters):
 
     def read(self, path: Path, index: Index | None = None) -> np.ndarray:
         value = self._values[path]
-        array = _to_host(value)
+        array = to_host(value)
         if array.shape != self.shape(path):
             raise ValueError(
                 f"{'.'.join(map(str, path))} has shape {array.shape}, but the config asks for {self.shape(path)}."
@@ -226,7 +231,9 @@ class ModelParameters(Parameters):
         return self._values[path]
 
 
-def _to_host(value: jax.Array) -> np.ndarray:
+def to_host(value: jax.Array) -> np.ndarray:
+    """The whole array, whatever devices it is spread over. Every process of a job must ask for the same arrays in
+    turn."""
     if not value.is_fully_addressable:
         from jax.experimental import multihost_utils
 

@@ -101,6 +101,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     return tensors, faults
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a file in which `read_header` found no fault."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def _entry_fault(entry: object) -> str | None:
     """What is wrong with a header's description of a tensor, as the object of "has"."""
     if not isinstance(entry, dict):

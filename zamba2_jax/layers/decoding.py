@@ -35,6 +35,8 @@ def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str
     for name, size in (("head dim", config.mamba_headdim), ("state size", config.mamba_d_state)):
         if size & (size - 1):
             return f"the {name} is {size}; it takes powers of two"
+    if mixer.lora is not None:
+        return "the mixer has a LoRA"
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
     return _products_obstacle(weights, rows, interpret)
 
@@ -106,6 +108,9 @@ def shared_block_obstacle(
     attention, mlp = block.self_attn, block.feed_forward
     if mlp.activation not in products_gpu.ACTIVATIONS:
         return f"hidden_act is {mlp.activation!r}; it has {', '.join(products_gpu.ACTIVATIONS)}"
+    adapters = (use.gate_up_adapter, use.q_adapter, use.k_adapter, use.v_adapter)
+    if any(part is not None and part.lora is not None for part in (attention, mlp, use, *adapters)):
+        return "the shared block or its use has a LoRA"
     weights = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     weights += [mlp.gate_up_proj, mlp.down_proj, use.linear, use.gate_up_adapter.down, use.gate_up_adapter.up]
     if use.q_adapter is not None:

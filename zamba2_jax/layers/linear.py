@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.sharding import constrain, constrain_gathered, stored_whole
 
 Axes = tuple[str | None, ...]
@@ -159,9 +160,11 @@ class Adapter(nnx.Module):
         options = {"std": std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = Linear(in_features, rank, axes=(in_axis, "adapter_rank"), **options)
         self.up = Linear(rank, out_features, axes=("adapter_rank", *out_axes), **options)
+        self.lora: Loras = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.up(self.down(x))
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        low = with_lora(self.down(x), "down", x, dropout_key, self.lora)
+        return with_lora(self.up(low), "up", low, dropout_key, self.lora)
 
 
 class DepthwiseConv(nnx.Module):

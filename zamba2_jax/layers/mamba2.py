@@ -12,6 +12,7 @@ from zamba2_jax.cache import MambaState
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
+from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
 from zamba2_jax.layers.projection import projection
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
@@ -62,24 +63,32 @@ class Mamba2Mixer(nnx.Module):
         self.dt_bias = param(_initial_dt_bias(config, rngs), ("mamba_heads",))
         self.norm = GatedRMSNorm(inner, groups=config.mamba_ngroups, dtype=dtype, param_dtype=param_dtype)
         self.out_proj = Linear(inner, config.hidden_size, axes=("mamba_inner", "embed"), **linear)
+        self.lora: Loras = None
 
     def __call__(
-        self, hidden: Float[Array, "b l d"], layout: TokenLayout, state: MambaState | None
+        self,
+        hidden: Float[Array, "b l d"],
+        layout: TokenLayout,
+        state: MambaState | None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "b l d"], MambaState | None]:
         """Mixes the tokens of `hidden`; with a state, continues from it and returns the next one."""
         if layout.token_mask is not None:
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
-        zx = projection(constrain(self.zx_proj(hidden), "batch", "length", None, "mamba_inner"))
-        bc = projection(constrain(self.bc_proj(hidden), "batch", "length", None, "mamba_groups"))
-        raw_dt = projection(constrain(self.dt_proj(hidden), "batch", "length", "mamba_heads"))
+        in_proj = (self.zx_proj(hidden), self.bc_proj(hidden), self.dt_proj(hidden))
+        zx, bc, raw_dt = with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora)
+        zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
+        bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
+        raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
 
         if state is not None and hidden.shape[1] == 1:
             y, state = self._step(zx, bc, raw_dt, layout, state)
         else:
             y, state = self._sequence(zx, bc, raw_dt, layout, state)
         # z and x are handed over as one array and a place in it: a kernel would be given copies of slices.
-        return self.out_proj(self.norm(y, zx, part=_Z)), state
+        y = self.norm(y, zx, part=_Z)
+        return with_lora(self.out_proj(y), "out_proj", y, dropout_key, self.lora), state
 
     def _sequence(
         self,
@@ -176,11 +185,12 @@ class MambaLayer(nnx.Module):
         layout: TokenLayout,
         state: MambaState | None,
         transformer_output: Float[Array, "b l d"] | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "b l d"], MambaState | None]:
         if state is not None and hidden.shape[1] == 1 and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
             return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)
         mixer_input = hidden if transformer_output is None else hidden + transformer_output
-        mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state)
+        mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state, dropout_key)
         return constrain(hidden + mixed, "batch", "length", None), state
 
 

@@ -20,6 +20,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers import decoding
 from zamba2_jax.layers.activations import ACTIVATIONS
 from zamba2_jax.layers.linear import Adapter, Linear
+from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import RMSNorm
 from zamba2_jax.layers.projection import projection
 from zamba2_jax.layers.rope import rotate
@@ -40,7 +41,7 @@ class AttentionContext:
         mask: (b, l, slots) or None: with a cache that holds tokens already, the slots that each token sees.
         slot_mask: (b, slots) or None, with mask: the slots that hold a real token, this call's included.
         first_slot: () int32 or None: with a cache, the slot of the call's first column.
-        dropout_key: key for attention dropout, or None for none.
+        dropout_key: key for attention dropout and for the LoRAs', or None for none.
         return_weights: whether attention probabilities are wanted.
     """
 
@@ -75,13 +76,15 @@ class SharedAttention(nnx.Module):
         self.k_proj = Linear(width, kv_width, axes=("concat_embed", "kv_heads"), **options)
         self.v_proj = Linear(width, kv_width, axes=("concat_embed", "kv_heads"), **options)
         self.o_proj = Linear(q_width, config.hidden_size, axes=("q_heads", "embed"), **options)
+        self.lora: Loras = None
 
     def __call__(
         self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
-        query = self._heads(self.q_proj(x), use.q_adapter, x, "q_heads")
-        key = self._heads(self.k_proj(x), use.k_adapter, x, "kv_heads")
-        value = self._heads(self.v_proj(x), use.v_adapter, x, "kv_heads")
+        lora = (context.dropout_key, self.lora, use.lora)
+        query = self._heads(with_lora(self.q_proj(x), "q_proj", x, *lora), use.q_adapter, x, context, "q_heads")
+        key = self._heads(with_lora(self.k_proj(x), "k_proj", x, *lora), use.k_adapter, x, context, "kv_heads")
+        value = self._heads(with_lora(self.v_proj(x), "v_proj", x, *lora), use.v_adapter, x, context, "kv_heads")
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
@@ -115,14 +118,15 @@ class SharedAttention(nnx.Module):
             )
         else:
             mixed = attention(query, key, value, scale=scale, **visible)
-        mixed = projection(self.o_proj(mixed.reshape(*mixed.shape[:2], -1)))
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        mixed = projection(with_lora(self.o_proj(mixed), "o_proj", mixed, *lora))
         return mixed, past, weights if context.return_weights else None
 
     def _heads(
-        self, projected: jax.Array, adapter: Adapter | None, x: jax.Array, axis: str
+        self, projected: jax.Array, adapter: Adapter | None, x: jax.Array, context: AttentionContext, axis: str
     ) -> Float[Array, "b l heads head_dim"]:
         if adapter is not None:
-            projected = projected + adapter(x)
+            projected = projected + adapter(x, context.dropout_key)
         heads = projection(projected).reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
         return constrain(heads, "batch", "length", axis, None)
 
@@ -143,10 +147,17 @@ class SharedMLP(nnx.Module):
             config.hidden_size, (2, config.intermediate_size), axes=("embed", None, "mlp"), **options
         )
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **options)
+        self.lora: Loras = None
 
-    def __call__(self, x: Float[Array, "b l d"], adapter: Adapter) -> Float[Array, "b l d"]:
-        gate_up = projection(constrain(self.gate_up_proj(x) + adapter(x), "batch", "length", None, "mlp"))
-        return projection(self.down_proj(ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]))
+    def __call__(
+        self, x: Float[Array, "b l d"], use: SharedBlockUse, dropout_key: jax.Array | None
+    ) -> Float[Array, "b l d"]:
+        lora = (dropout_key, self.lora, use.lora)
+        gate_up = with_lora(self.gate_up_proj(x), "gate_up_proj", x, *lora)
+        gate_up = gate_up + use.gate_up_adapter(x, dropout_key)
+        gate_up = projection(constrain(gate_up, "batch", "length", None, "mlp"))
+        x = ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
+        return projection(with_lora(self.down_proj(x), "down_proj", x, *lora))
 
 
 class SharedTransformerBlock(nnx.Module):
@@ -173,12 +184,14 @@ class SharedTransformerBlock(nnx.Module):
             return *decoding.shared_block_step(self, hidden, embedded, use, context, past), None
         x = self.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))
         x, past, weights = self.self_attn(x, use, context, past)
-        x = self.feed_forward(self.pre_ff_layernorm(constrain(x, "batch", "length", None)), use.gate_up_adapter)
-        return constrain(use.linear(constrain(x, "batch", "length", None)), "batch", "length", None), past, weights
+        x = self.feed_forward(self.pre_ff_layernorm(constrain(x, "batch", "length", None)), use, context.dropout_key)
+        x = constrain(x, "batch", "length", None)
+        output = with_lora(use.linear(x), "linear", x, context.dropout_key, use.lora)
+        return constrain(output, "batch", "length", None), past, weights
 
 
 class SharedBlockUse(nnx.Module):
-    """What one hybrid layer owns of its shared block: the adapters and the output matrix."""
+    """What one hybrid layer owns of its shared block: the adapters, the output matrix, and LoRAs of this use alone."""
 
     def __init__(self, config: Zamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options = {"std": config.initializer_range, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -197,3 +210,4 @@ class SharedBlockUse(nnx.Module):
         self.q_adapter = attention_adapter("q_heads")
         self.k_adapter = attention_adapter("kv_heads")
         self.v_adapter = attention_adapter("kv_heads")
+        self.lora: Loras = None

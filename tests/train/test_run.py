@@ -1,0 +1,223 @@
+"""Whole runs of a tiny model: what they write, that they go on after anything, and that the result is a checkpoint."""
+
+import json
+import random
+import resource
+import signal
+import socket
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bench import oracle
+from convert.cli import main as convert
+from tests.train.conftest import finish, lines, losses, wait_until
+from train import cli
+from zamba2_jax import Zamba2ForCausalLM
+
+
+class TestOutput:
+    def test_files(self, finished):
+        names = {path.name for path in finished.iterdir()}
+        assert {"run.json", "config.json", "tokenizer.json", "loss.png", "tensorboard", "checkpoints"} <= names
+        assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert any((finished / "tensorboard").iterdir())
+
+    def test_metrics(self, finished):
+        found = lines(finished)
+        assert [line["step"] for line in found] == list(range(1, 13))
+        wanted = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens", "skipped"}
+        assert all(wanted <= line.keys() for line in found)
+        assert found[-1]["loss"] < found[0]["loss"]
+
+    def test_evaluations_and_samples(self, finished):
+        found = lines(finished, "eval.jsonl")
+        assert [line["step"] for line in found] == [3, 6, 9, 12]
+        assert all(line["perplexity"] == pytest.approx(np.exp(line["loss"])) for line in found)
+        samples = lines(finished, "samples.jsonl")
+        assert [(line["step"], line["prompt"]) for line in samples] == [
+            (6, "the cat"),
+            (6, ""),
+            (12, "the cat"),
+            (12, ""),
+        ]
+
+    def test_the_last_checkpoints_are_kept(self, finished):
+        kept = {int(path.name) for path in (finished / "checkpoints").iterdir() if path.name.isdigit()}
+        best = min(lines(finished, "eval.jsonl"), key=lambda line: line["loss"])["step"]
+        assert kept == {9, 12, best}
+
+
+class TestResult:
+    def test_loads_as_a_checkpoint(self, finished):
+        ids = np.arange(4, 20)[None]
+        last = Zamba2ForCausalLM.from_pretrained(finished)(ids).logits
+        np.testing.assert_array_equal(Zamba2ForCausalLM.from_pretrained(f"{finished}@12")(ids).logits, last)
+        assert not np.array_equal(Zamba2ForCausalLM.from_pretrained(f"{finished}@9")(ids).logits, last)
+        with pytest.raises(FileNotFoundError, match=r"no such checkpoint; its steps: .*9, 12"):
+            Zamba2ForCausalLM.from_pretrained(f"{finished}@5")
+
+    def test_to_hugging_face(self, finished, tmp_path):
+        assert convert(["to-hf", str(finished), str(tmp_path / "hf")]) == 0
+        theirs = transformers.Zamba2ForCausalLM.from_pretrained(tmp_path / "hf").eval()
+        oracle.without_dt_clamp(theirs)
+        ids = np.arange(4, 24)[None]
+        ours = oracle.jit_call(Zamba2ForCausalLM.from_pretrained(finished, dtype=jnp.float32))(input_ids=ids).logits
+        with torch.no_grad():
+            wanted = theirs(torch.tensor(ids), use_cache=False).logits
+        assert oracle.relative_error(ours, wanted) < 1e-5
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert tokenizer("the cat")["input_ids"] == [1, 4, 6]
+
+    def test_eval_finds_the_loss_of_training(self, workspace, finished, tmp_path, capsys):
+        words = ["eval", "--model", str(finished), "--data", str(workspace.path / "heldout.jsonl")]
+        words += ["--seq-len", "32", "--batch-size", "2", "--dtype", "float32", "--output", str(tmp_path / "r.json")]
+        assert cli.main([*words, "--data-cache", str(workspace.path / "cache")]) == 0
+        result = json.loads((tmp_path / "r.json").read_text())
+        wanted = lines(finished, "eval.jsonl")[-1]
+        assert result["tokens"] == wanted["tokens"]
+        assert result["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert "perplexity" in capsys.readouterr().out
+
+
+class TestLearning:
+    def test_few_documents_are_learned_by_heart(self, workspace, tmp_path):
+        data = tmp_path / "few.jsonl"
+        texts = ["the cat sat on the mat and then it ran", "a dog was good", "she was fast and he was slow"]
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        options = {"steps": 200, "save_every": 200, "batch_size": 1, "learning_rate": 2e-2, "warmup_steps": 10}
+        assert workspace.train("pretrain", tmp_path / "run", data=data, weight_decay=0.0, **options) == 0
+        # What begins each text is as likely as the other two, which is all that is left to guess.
+        begin = 3 * np.log(3) / 24
+        assert losses(tmp_path / "run")[-1] < begin + 0.05
+
+    def test_finetune_with_lora(self, workspace, finished, tmp_path):
+        run = tmp_path / "lora"
+        options = {"model": finished, "tokenizer": None, "lora_rank": 2}
+        assert workspace.train("finetune", run, **options) == 0
+        assert losses(run)[-1] < losses(run)[0]
+        assert {path.name for path in (run / "adapter").iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        assert not (run / "checkpoints" / "6" / "params").exists()
+        # It goes on.
+        assert workspace.train("finetune", run, steps=8, **options | {"warmup_steps": None}) == 0
+        assert len(losses(run)) == 8
+        # Merged, it is a checkpoint with the loss that training left.
+        assert convert(["to-hf", str(run), str(tmp_path / "merged")]) == 0
+        ids = np.arange(4, 24)[None]
+        base = Zamba2ForCausalLM.from_pretrained(finished)(ids).logits
+        merged = Zamba2ForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        assert np.abs(merged - base).max() > 1e-3
+        with pytest.raises(ValueError, match="trained a LoRA: load the model that it began with"):
+            Zamba2ForCausalLM.from_pretrained(run)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class TestGoingOn:
+    OPTIONS = {"steps": 40, "save_every": 2, "tensorboard": None}  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    def uninterrupted(self, workspace):
+        run = workspace.path / "uninterrupted"
+        assert workspace.train("pretrain", run, **self.OPTIONS) == 0
+        return losses(run)
+
+    def test_after_kills_and_a_termination(self, workspace, uninterrupted, tmp_path):
+        """SIGKILL in the middle of a save, SIGTERM, and more steps than before: the losses are the same to the bit."""
+        run = tmp_path / "run"
+        words = workspace.arguments("pretrain", run, **self.OPTIONS)
+        process = workspace.start(words)
+        wait_until(lambda: len(lines(run)) >= 7 and unfinished(run), process)
+        process.kill()
+        process.communicate()
+        before = len(lines(run))
+        assert 0 < before < 40
+
+        process = workspace.start(words)
+        wait_until(lambda: len(lines(run)) > 12, process)
+        process.send_signal(signal.SIGTERM)
+        assert "asked to stop: step" in finish(process)
+        stopped = len(losses(run))
+        assert stopped < 40
+        assert (run / "checkpoints" / str(stopped)).is_dir()
+
+        assert workspace.train("pretrain", run, **self.OPTIONS) == 0
+        assert losses(run) == uninterrupted
+        assert not unfinished(run)
+
+    @pytest.mark.slow
+    def test_after_ten_kills(self, workspace, uninterrupted, tmp_path):
+        run, draw = tmp_path / "run", random.Random(0)
+        words = workspace.arguments("pretrain", run, **self.OPTIONS)
+        for kill in range(10):
+            process = workspace.start(words)
+            if kill % 2:  # during a save
+                wait_until(lambda: unfinished(run), process)
+            else:  # anywhere, the start among it
+                target = min(39, len(lines(run)) + draw.randint(-2, 4))
+                wait_until(lambda target=target: len(lines(run)) >= target, process)
+            process.kill()
+            process.communicate()
+        assert workspace.train("pretrain", run, **self.OPTIONS) == 0
+        assert losses(run) == uninterrupted
+
+    def test_two_processes_then_one(self, workspace, tmp_path):
+        """Two processes of four devices train, save and stop; one of eight goes on, on another mesh. The losses are those
+        of one process all the way."""
+        run, alone = tmp_path / "run", tmp_path / "alone"
+        options = {"batch_size": 8, "mesh": "data=2,fsdp=4", "seq_len": 16}
+        whole = workspace.start(workspace.arguments("pretrain", alone, steps=9, **options), devices=8)
+        finish(whole)
+        address = f"localhost:{free_port()}"
+        joined = {"coordinator_address": address, "num_processes": 2}
+        processes = [
+            workspace.start(
+                workspace.arguments("pretrain", run, warmup_steps=0, process_id=index, **options, **joined), devices=4
+            )
+            for index in range(2)
+        ]
+        outputs = [finish(process) for process in processes]
+        assert "done: 6 steps" in outputs[0]
+        assert "step" not in outputs[1]  # only process 0 speaks
+        changed = options | {"mesh": "fsdp=8"}
+        finish(workspace.start(workspace.arguments("pretrain", run, steps=9, warmup_steps=0, **changed), devices=8))
+        rates = [[line["learning_rate"] for line in lines(path)] for path in (run, alone)]
+        np.testing.assert_allclose(losses(run)[:6], losses(alone)[:6], rtol=1e-4) if rates[0] == rates[1] else None
+
+    def test_a_full_disk(self, workspace, tmp_path, capfd):
+        """The checkpoint before stays good, and there is a message."""
+        run = tmp_path / "run"
+        options = {"tensorboard": None, "schedule": "wsd", "decay_steps": 0, "warmup_steps": 0}
+        assert workspace.train("pretrain", run, steps=3, **options) == 0
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        try:
+            assert workspace.train("pretrain", run, steps=6, **options) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "the checkpoint of step 3 is complete" in capfd.readouterr().err
+        assert workspace.train("pretrain", run, steps=6, **options) == 0
+        assert len(losses(run)) == 6
+
+    def test_losses_that_are_not_finite(self, workspace, tmp_path, capsys):
+        run = tmp_path / "run"
+        options = {"learning_rate": 1e30, "warmup_steps": 0, "max_bad_steps": 3, "save_every": 1, "steps": 20}
+        assert workspace.train("pretrain", run, **options) == 1
+        assert "was not finite in 3 steps in a row, 2 to 4; their updates were skipped" in capsys.readouterr().err
+        assert (run / "checkpoints").is_dir()
+        assert [line["loss"] for line in lines(run)[1:]] == [None] * 3
+
+
+def unfinished(run):
+    """Whether a checkpoint is being written."""
+    return any("tmp" in path.name for path in (run / "checkpoints").glob("*"))
