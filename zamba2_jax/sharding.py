@@ -78,20 +78,26 @@ def make_mesh(axes: str | Mesh, devices: Sequence[jax.Device] | None = None) -> 
         _check_axis_names(axes)
         return Mesh(axes.devices, axes.axis_names, axis_types=(AxisType.Auto,) * len(axes.axis_names))
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    if axes.strip() == "auto":
-        sizes["fsdp"] = len(devices)
-    else:
-        sizes |= _parse_axes(axes)
-    if math.prod(sizes.values()) != len(devices):
-        product = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1"
-        raise ValueError(
-            f"mesh {axes!r} is for {math.prod(sizes.values())} devices ({product}), and there are {len(devices)}; make "
-            f'the sizes multiply to {len(devices)}, or use "auto".'
-        )
+    sizes = mesh_sizes(axes, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
+
+
+def mesh_sizes(axes: str, count: int) -> dict[str, int]:
+    """The sizes of all `MESH_AXES` that `axes` means for `count` devices; errors as of `make_mesh`."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    if axes.strip() == "auto":
+        sizes["fsdp"] = count
+    else:
+        sizes |= _parse_axes(axes)
+    if math.prod(sizes.values()) != count:
+        product = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1"
+        raise ValueError(
+            f"mesh {axes!r} is for {math.prod(sizes.values())} devices ({product}), and there are {count}; make "
+            f'the sizes multiply to {count}, or use "auto".'
+        )
+    return sizes
 
 
 def _parse_axes(axes: str) -> dict[str, int]:
