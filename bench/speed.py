@@ -173,6 +173,8 @@ class Run:
             return {"status": "skipped", "reason": "the run's deadline had passed"}
         if side == "peer" and case.quantize is not None:
             return {"status": "skipped", "reason": "transformers has no such weights without further packages"}
+        if side == "peer" and case.remat == "projections":
+            return {"status": "skipped", "reason": "transformers has no such policy"}
         if "error" in checkpoint:
             return {"status": "error", "error": f"no checkpoint to load: {checkpoint['error']}"}
         request = {"do": "case", "case": dataclasses.asdict(case), **checkpoint}

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.compilation import jit_many_tokens
 from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
 from zamba2_jax.sharding import constrain, constrain_whole, generation_mesh, mesh_of
 
@@ -135,7 +136,7 @@ class Decoding:
     logits: Float[Array, "r v"] | None
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
+@functools.partial(jit_many_tokens, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
 def prefill(
     structure: Structure,
     weights: list[jax.Array],

@@ -16,8 +16,8 @@ def projection(x: jax.Array) -> jax.Array:
 def apart(x: jax.Array) -> jax.Array:
     """`x` itself, by an identity that compilers look through later: the input of a wide product over many tokens.
 
-    XLA's compiler for GPUs merges products of one input into one, by writing their weights, and then slices of its
-    result, side by side: of 2048 tokens that costs as much as a third of the products of a mamba layer. Two calls on the
-    same array give the same identity; one on the result of another gives another.
+    XLA's compiler for GPUs merges products of one input into one, and to that end copies their weights side by side and
+    cuts its result apart again. Two calls on the same array give the same identity; one on the result of another gives
+    another.
     """
     return jax.lax.optimization_barrier(x) if platform() == "gpu" else x

@@ -32,11 +32,13 @@ def state_step(
 
     Args:
       state: (b, h, p, n), floating; p and n are powers of two.
-      x, z: (b, h p); z None for no gate. bc: (b, 2 g n), B before C. dt: (b, h) float32; where it is 0, the state stays.
+      x, z: (b, h p); z None for no gate. bc: (b, 2 g n), B before C.
+      dt: (b, h) float32; where it is 0, the state stays.
       A_log, D: (h,).
 
     Returns:
-      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state, in the given one's dtype; arithmetic in float32.
+      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state, in the given one's dtype; arithmetic in
+      float32.
     """
     batch, heads, headdim, size = state.shape
     if rows_per_program is None:

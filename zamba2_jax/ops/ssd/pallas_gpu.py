@@ -68,13 +68,13 @@ def ssd(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _ssd(x, dt, a, B, C, D, state, chunk, interpret):
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
-    s = kernels.sums(a, x.dtype, launch(stages=1))
     parts = _parts(x, chunk)
     if parts == 1:
+        s = kernels.sums(a, x.dtype, launch(stages=1))
         return kernels.forward(x, dt, s, B, C, D, state, launch(stages=2, split=_split(x)))
 
     # The parts of a row side by side, as rows of their own: first for the states that they end with, and once it is
-    # known what each begins with, for all.
+    # known what each begins with, for all. A part is whole chunks, so that the sums of its chunks are its own.
     batch, length = x.shape[:2]
 
     def rows(array):
@@ -86,11 +86,12 @@ def _ssd(x, dt, a, B, C, D, state, chunk, interpret):
         split = array.reshape(batch, -1, parts, length // parts)
         return jnp.moveaxis(split, 2, 1).reshape(batch * parts, -1, length // parts)
 
-    x_rows, dt_rows, s_rows, B_rows = rows(x), rows_of_steps(dt), tuple(map(rows_of_steps, s)), rows(B)
+    x_rows, dt_rows, a_rows, B_rows = rows(x), rows_of_steps(dt), rows_of_steps(a), rows(B)
+    s_rows = kernels.sums(a_rows, x.dtype, launch(stages=1))
     gains = kernels.last_state(x_rows, dt_rows, s_rows, B_rows, launch(stages=3)).reshape(
         batch, parts, *state.shape[1:]
     )
-    kept = jnp.exp(rows_of_steps(a).sum(axis=-1)).reshape(batch, parts, -1, 1, 1)
+    kept = jnp.exp(a_rows.sum(axis=-1)).reshape(batch, parts, -1, 1, 1)
     starts = [state]
     for part in range(parts - 1):
         starts.append(kept[:, part] * starts[-1] + gains[:, part])
