@@ -37,8 +37,8 @@ def state_step(
       A_log, D: (h,).
 
     Returns:
-      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state, in the given one's dtype; arithmetic in
-      float32.
+      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state in the given one's dtype. Arithmetic is
+      in float32.
     """
     batch, heads, headdim, size = state.shape
     if rows_per_program is None:
