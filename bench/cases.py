@@ -76,6 +76,12 @@ class Case:
         """Whether it needs a process that has run nothing before."""
         return self.kind in ("first-token", "load")
 
+    @property
+    def ours_alone(self) -> bool:
+        """Whether ours does: a training step can want half of a card's memory in one piece, which is not to be had
+        where other programs have cut it up."""
+        return self.alone or (self.kind == "train" and self.size != "tiny")
+
 
 def cases_of(size: str, groups: Sequence[str]) -> list[Case]:
     """The cases of `groups`, group by group in their order, in each by the memory that they need: a process's peak is

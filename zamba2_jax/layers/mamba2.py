@@ -14,7 +14,7 @@ from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
-from zamba2_jax.layers.projection import apart, projection
+from zamba2_jax.layers.projection import apart, projection, together
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.sharding import constrain
@@ -130,9 +130,10 @@ class Mamba2Mixer(nnx.Module):
         if state is None:
             return y, None
         # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
-        return y, MambaState(
+        state = MambaState(
             window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm.astype(state.ssm.dtype)
         )
+        return together((y, state))
 
     def _step(
         self,

@@ -1,5 +1,7 @@
 """What the layers' matrix products share: a name for their results, and a way to keep them apart."""
 
+from typing import Any
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -20,4 +22,13 @@ def apart(x: jax.Array) -> jax.Array:
     cuts its result apart again. Two calls on the same array give the same identity; one on the result of another gives
     another.
     """
-    return jax.lax.optimization_barrier(x) if platform() == "gpu" else x
+    return together(x)
+
+
+def together(arrays: Any) -> Any:
+    """`arrays`, a tree, none of which is to be had before the others, by the same identity.
+
+    For what a layer leaves in the cache. XLA's compiler for GPUs gathers such small operations of all layers in one at
+    the end of the program, and what they read, of every layer, is kept until then: 20 GB of a prompt of 32,768 tokens.
+    """
+    return jax.lax.optimization_barrier(arrays) if platform() == "gpu" else arrays
