@@ -3,8 +3,12 @@
 `pallas_gpu_kernels` says how the kernels work. Here are the preparation of their arguments, their launches' sizes,
 chosen by measurement on an H100, and the rule of differentiation.
 
+Of 4 x 4096 tokens, 64 heads of 64 and a state of 128 in bfloat16, the walk forward took 0.22 ms with chunks of 64 (0.35
+with 32, 0.44 with 128), where the memory's bandwidth would allow 0.10. Backward, chunks of 128 would make the states
+faster (0.13 ms, not 0.19), but the two kernels that read them slower (0.66, not 0.54; 0.85, not 0.34).
+
 Pallas has two ways to an NVIDIA GPU. Its Triton backend, used here, is deprecated since JAX 0.11 in favour of Mosaic
-GPU; that is one reason for the upper bound on jax in pyproject.toml.
+GPU; that is one reason for the upper bound on jax in pyproject.toml. Mosaic GPU was not measured.
 """
 
 import functools
