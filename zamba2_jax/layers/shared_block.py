@@ -87,12 +87,10 @@ class SharedAttention(nnx.Module):
             for_key = apart(for_query)
             for_value = apart(for_key)
         lora = (context.dropout_key, self.lora, use.lora)
-        query = with_lora(self.q_proj(for_query), "q_proj", x, *lora)
-        key = with_lora(self.k_proj(for_key), "k_proj", x, *lora)
-        value = with_lora(self.v_proj(for_value), "v_proj", x, *lora)
-        query = self._heads(query, use.q_adapter, x, context, "q_heads")
-        key = self._heads(key, use.k_adapter, x, context, "kv_heads")
-        value = self._heads(value, use.v_adapter, x, context, "kv_heads")
+        query, key, value = self.q_proj(for_query), self.k_proj(for_key), self.v_proj(for_value)
+        query = self._heads(with_lora(query, "q_proj", x, *lora), use.q_adapter, x, context, "q_heads")
+        key = self._heads(with_lora(key, "k_proj", x, *lora), use.k_adapter, x, context, "kv_heads")
+        value = self._heads(with_lora(value, "v_proj", x, *lora), use.v_adapter, x, context, "kv_heads")
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
