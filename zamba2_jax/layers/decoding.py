@@ -98,11 +98,7 @@ def recurrence_obstacle(mixer: Mamba2Mixer, interpret: bool = False) -> str | No
     for name, size in (("head dim", config.mamba_headdim), ("state size", config.mamba_d_state)):
         if size & (size - 1):
             return f"the {name} is {size}; it takes powers of two"
-<<<<<<< HEAD
-    return no_single_gpu(interpret, [mixer.A_log[...]])
-=======
     return no_single_gpu(interpret, [mixer.A_log[...], mixer.conv_x.kernel[...]])
->>>>>>> gpu
 
 
 def recurrence_step(
