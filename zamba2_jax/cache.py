@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +83,28 @@ class Zamba2Cache:
         return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, rows, axis=0), self)
 
 
+def constrain_cache(cache: Zamba2Cache) -> Zamba2Cache:
+    """The cache, which on the mesh in use is to be split by rows and heads, as what goes into it is."""
+
+    def mamba_state(state: MambaState) -> MambaState:
+        return MambaState(
+            conv_x=constrain(state.conv_x, "batch", None, "mamba_inner"),
+            conv_bc=constrain(state.conv_bc, "batch", None, None, "mamba_groups"),
+            ssm=constrain(state.ssm, "batch", "mamba_heads", None, None),
+        )
+
+    def slots(array: jax.Array) -> jax.Array:
+        return constrain(array, "batch", None, "kv_heads", None)
+
+    return Zamba2Cache(
+        mamba=tuple(map(mamba_state, cache.mamba)),
+        attention=tuple(KeyValue(slots(part.key), slots(part.value)) for part in cache.attention),
+        slot_mask=constrain(cache.slot_mask, "batch", None),
+        length=cache.length,
+        next_position=constrain(cache.next_position, "batch"),
+    )
+
+
 def init_cache(
     config: Zamba2Config,
     batch_size: int,
@@ -120,7 +143,7 @@ def init_cache(
             ssm=jnp.zeros((batch_size, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state), ssm_dtype),
         )
 
-    return Zamba2Cache(
+    cache = Zamba2Cache(
         mamba=tuple(mamba_state() for _ in range(config.num_hidden_layers)),
         attention=tuple(
             KeyValue(jnp.zeros(kv_shape, dtype), jnp.zeros(kv_shape, dtype)) for _ in range(config.num_hybrid_layers)
@@ -129,3 +152,4 @@ def init_cache(
         length=jnp.zeros((), jnp.int32),
         next_position=jnp.zeros((batch_size,), jnp.int32),
     )
+    return constrain_cache(cache)

@@ -43,6 +43,7 @@ from zamba2_jax.ops.losses import (
 )
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from zamba2_jax.quantization import weight_itemsize
+from zamba2_jax.sharding import constrain
 from zamba2_jax.tokens import TokenLayout
 
 CLASSIFICATION_LOSSES = {
@@ -91,7 +92,7 @@ class PretrainedModel(nnx.Module):
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: str | Mesh | None = None,
         quantize: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -104,7 +105,8 @@ class PretrainedModel(nnx.Module):
             name_or_path: such as "Zyphra/Zamba2-1.2B", or a directory with config.json and weights.
             dtype: of computation; None takes the config's, then the file's.
             param_dtype: of the stored parameters; None is `dtype`.
-            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`); None puts them on the default
+            mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`): a `Mesh`, or as in
+                `zamba2_jax.sharding.make_mesh` "auto" or sizes such as "data=2,fsdp=4". None puts them on the default
                 device.
             quantize: "int8" or "int4" stores the matrices as integers, for inference in half or a third of the memory
                 (`zamba2_jax.quantize`). The model can be neither trained nor saved.
@@ -337,6 +339,7 @@ class Zamba2Model(PretrainedModel):
         uses, count = self.config.num_hybrid_layers, self.config.num_hidden_layers
         keys = [None] * (uses + count) if dropout_key is None else list(jax.random.split(dropout_key, uses + count))
         embedded = self.embed_tokens(inputs.ids) if inputs.embeds is None else inputs.embeds.astype(self.dtype)
+        embedded = constrain(embedded, "batch", "length", None)
 
         stack = LayerStack(
             layers=self.layers,
@@ -366,6 +369,7 @@ class Zamba2Model(PretrainedModel):
                 length=past.length + inputs.length,
                 next_position=layout.next_position,
             )
+            present = cache_lib.constrain_cache(present)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=present,
@@ -485,7 +489,8 @@ class Zamba2ForCausalLM(PretrainedModel):
         one_token = self.lm_head is None and hidden.shape[1] == 1
         if one_token and decoding.head_obstacle(self.model.embed_tokens, hidden.shape[0]) is None:
             return decoding.head_scores(self.model.embed_tokens, hidden)
-        return self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        logits = self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return constrain(logits, "batch", "length", "vocab")
 
     def _loss(self, hidden: Float[Array, "b l d"], labels: Int[Array, "b l"]) -> Float[Array, ""]:
         if self.lm_head is None:

@@ -20,7 +20,7 @@ from zamba2_jax.checkpoint.progress import byte_bar
 from zamba2_jax.layers.quantized import quantize_weight
 from zamba2_jax.quantization import check_quantize, quantized_modules
 from zamba2_jax.quantization import quantize as quantize_model
-from zamba2_jax.sharding import param_shardings
+from zamba2_jax.sharding import check_mesh, make_mesh, param_shardings
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -57,7 +57,7 @@ def load_pretrained(
     *,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
-    mesh: Mesh | None = None,
+    mesh: str | Mesh | None = None,
     quantize: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -74,8 +74,8 @@ def load_pretrained(
         name_or_path: a directory or a hub id.
         dtype: of computation; None takes the config's, then that of the weights.
         param_dtype: of the parameters; None is `dtype`. A_log, D and dt_bias are float32 always.
-        mesh: devices to spread the parameters over; each process reads only what its devices hold. None: the default
-            device.
+        mesh: devices to spread the parameters over, as a `Mesh` or as `make_mesh` reads it; each process reads only
+            what its devices hold. None: the default device.
         quantize: "int8" or "int4" turns each matrix into integers as soon as it is read (`zamba2_jax.quantization`).
         revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
         progress: a bar on stderr; None shows it on a terminal.
@@ -83,9 +83,11 @@ def load_pretrained(
     Raises:
         FileNotFoundError: no such directory or repository, no config.json or no weights in it.
         ImportError: the weights are PyTorch pickles and torch is not installed.
-        ValueError: before a file is opened, a `quantize` that there is not; then with every fault of the checkpoint.
+        ValueError: before a file is opened, a `quantize` or a `mesh` that there is not; then with every fault of the
+            checkpoint, or of a mesh that does not divide the model.
     """
     check_quantize(quantize)
+    mesh = None if mesh is None else make_mesh(mesh)
     if model_class.__name__ not in ARCHITECTURES:
         raise ValueError(f"model_class must be one of {', '.join(ARCHITECTURES)}, got {model_class.__name__}.")
     parameters = open_parameters(
@@ -96,6 +98,8 @@ def load_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if mesh is not None:
+        check_mesh(parameters.config, mesh)
     if dtype is None:
         dtype = parameters.config.dtype or parameters.common_dtype()
     dtype = jnp.dtype(dtype)

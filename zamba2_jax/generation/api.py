@@ -116,6 +116,9 @@ def generate(
     Rows may be padded on either side, and each is continued as it would be alone. (As in transformers,
     `no_repeat_ngram_size` sees the padding to a row's left, and `min_length` and `max_length` count it.)
 
+    A model whose weights are spread over a mesh (`from_pretrained(mesh=...)`) generates on it: rows are split over data
+    and fsdp where they divide, heads over tensor, and the cache with them.
+
     The prompt is read in chunks of a fixed size, and the whole token loop runs on the device. Texts (prompt and new
     tokens) of up to 1024, 4096, 16384, … tokens share two compiled programs each, one that reads the prompt and one
     that adds tokens, and so do all values of numeric options.
@@ -210,26 +213,26 @@ def generate(
         cache=past_key_values,
     )
     copies = max(opts.num_beams, opts.num_return_sequences)
-    if streamer is not None:
-        streamer.put(np.repeat(batch.input_ids, copies, axis=0))
-
     structure, weights = programs.take_apart(model)
-    logits, cache = programs.prefill(
-        structure,
-        weights,
-        plan.ids,
-        plan.positions,
-        plan.mask,
-        np.int32(plan.chunks),
-        past_key_values,
-        chunk=plan.chunk,
-        capacity=plan.capacity,
-        ssm_dtype=ssm_dtype,
-    )
-    if copies > 1:
-        logits, cache = programs.repeat_rows(logits, cache, copies=copies)
-    run = _run_beams if opts.num_beams > 1 else _run_rows
-    return run(structure, weights, logits, cache, batch, plan, opts, config.vocab_size, streamer, stream_block)
+    with programs.on_mesh_of(weights):
+        if streamer is not None:
+            streamer.put(np.repeat(batch.input_ids, copies, axis=0))
+        logits, cache = programs.prefill(
+            structure,
+            weights,
+            plan.ids,
+            plan.positions,
+            plan.mask,
+            np.int32(plan.chunks),
+            past_key_values,
+            chunk=plan.chunk,
+            capacity=plan.capacity,
+            ssm_dtype=ssm_dtype,
+        )
+        if copies > 1:
+            logits, cache = programs.repeat_rows(logits, cache, copies=copies)
+        run = _run_beams if opts.num_beams > 1 else _run_rows
+        return run(structure, weights, logits, cache, batch, plan, opts, config.vocab_size, streamer, stream_block)
 
 
 def _check_streaming(streamer: Streamer | None, stream_block: int | None, opts: Options) -> None:

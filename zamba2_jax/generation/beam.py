@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.generation.processors import EARLY_STOPPING, Knobs, Processors, Prompt, process
 from zamba2_jax.generation.programs import Structure, gumbel_noise, next_logits, where
+from zamba2_jax.sharding import constrain_whole
 
 _DEAD = -1e9
 
@@ -128,7 +129,8 @@ def decode_beams(
 
     # Before the first step all rows of a prompt are equal, so this one leaves the cache as it is.
     state = where(state.step == 0, advance(logits, state), state)
-    return jax.lax.while_loop(unfinished, add_token, (cache, state))
+    cache, state = jax.lax.while_loop(unfinished, add_token, (cache, state))
+    return cache, constrain_whole(state)
 
 
 def _advance(

@@ -6,6 +6,7 @@ with the bound moved on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
+from zamba2_jax.sharding import constrain, constrain_whole, generation_mesh, mesh_of
 
 
 class Structure:
@@ -80,6 +82,16 @@ def take_apart(model: nnx.Module) -> tuple[Structure, list[jax.Array]]:
     else:
         _TAKEN_APART.pop(model, None)
     return structure, structure.take_weights()
+
+
+def on_mesh_of(weights: list[jax.Array]) -> contextlib.AbstractContextManager:
+    """Puts the mesh in use that the weights are spread over, if they are; else leaves everything as it is.
+
+    Raises:
+        ValueError: they are spread over two.
+    """
+    mesh = mesh_of(weights)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(generation_mesh(mesh))
 
 
 def _parts(model: nnx.Module) -> list[Any]:
@@ -157,7 +169,7 @@ def prefill(
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, 0].astype(jnp.float32), output.past_key_values
+        return _scores(output.logits), output.past_key_values
 
     nothing = jnp.zeros((batch_size, model.config.vocab_size), jnp.float32)
     return jax.lax.fori_loop(0, chunks, read_chunk, (nothing, cache))
@@ -216,7 +228,8 @@ def decode(
         return cache, choose(logits, state)
 
     state = where(state.step == 0, choose(logits, state), state)
-    return jax.lax.while_loop(unfinished, add_token, (cache, state))
+    cache, state = jax.lax.while_loop(unfinished, add_token, (cache, state))
+    return cache, constrain_whole(state)  # for the host of each process to read
 
 
 def next_logits(
@@ -224,7 +237,12 @@ def next_logits(
 ) -> tuple[Float[Array, "r v"], Zamba2Cache]:
     """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it."""
     output = model(last, position_ids=position[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return output.logits[:, 0].astype(jnp.float32), output.past_key_values
+    return _scores(output.logits), output.past_key_values
+
+
+def _scores(logits: Float[Array, "r 1 v"]) -> Float[Array, "r v"]:
+    """Of the one token, with all of the vocabulary on every device of a mesh: what follows sorts and sums it."""
+    return constrain(logits[:, 0].astype(jnp.float32), "batch", None)
 
 
 def gumbel_noise(seed: UInt32[Array, ""], step: Int32[Array, ""], shape: tuple[int, int]) -> Float[Array, "r n"]:

@@ -38,7 +38,7 @@ def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str
     if mixer.lora is not None:
         return "the mixer has a LoRA"
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
-    return _products_obstacle(weights, rows, interpret) or no_single_gpu(interpret)
+    return _products_obstacle(weights, rows, interpret)
 
 
 def mamba_layer_step(
@@ -116,7 +116,7 @@ def shared_block_obstacle(
     if use.q_adapter is not None:
         for adapter in (use.q_adapter, use.k_adapter, use.v_adapter):
             weights += [adapter.down, adapter.up]
-    return _products_obstacle(weights, rows, interpret) or no_single_gpu(interpret)
+    return _products_obstacle(weights, rows, interpret)
 
 
 def shared_block_step(
@@ -190,7 +190,7 @@ def head_obstacle(embedding: Embed, rows: int, interpret: bool = False) -> str |
     """Why `head_scores` cannot serve, or None where it can."""
     if type(embedding) is not Embed:
         return f"the embedding is a {type(embedding).__name__}"
-    return _arrays_obstacle([embedding.embedding[...]], embedding.dtype, rows) or no_single_gpu(interpret)
+    return _arrays_obstacle([embedding.embedding[...]], embedding.dtype, rows, interpret)
 
 
 def head_scores(embedding: Embed, hidden: Float[Array, "b 1 d"], interpret: bool = False) -> Float[Array, "b 1 v"]:
@@ -229,14 +229,14 @@ def _products_obstacle(weights: list[Linear] | tuple[Linear, ...], rows: int, in
             return f"a weight is a {type(weight).__name__}; it takes plain ones"
         if weight.bias is not None:
             return "the projections have biases"
-    return _arrays_obstacle([weight.kernel[...] for weight in weights], weights[0].dtype, rows)
+    return _arrays_obstacle([weight.kernel[...] for weight in weights], weights[0].dtype, rows, interpret)
 
 
-def _arrays_obstacle(arrays: list[jax.Array], dtype: jnp.dtype, rows: int) -> str | None:
+def _arrays_obstacle(arrays: list[jax.Array], dtype: jnp.dtype, rows: int, interpret: bool) -> str | None:
     if rows > products_gpu.MAX_ROWS:
         return f"there are {rows} rows; more than {products_gpu.MAX_ROWS} are better served by matrix units"
     if dtype not in _HALF_PRECISION:
         return f"the compute dtype is {jnp.dtype(dtype).name}; it takes bfloat16 and float16"
     if any(array.dtype != dtype for array in arrays):
         return f"weights are not stored in the compute dtype, {jnp.dtype(dtype).name}"
-    return None
+    return no_single_gpu(interpret, arrays)

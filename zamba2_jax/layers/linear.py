@@ -1,6 +1,7 @@
 """Parameters, and the layers that only multiply by one: Linear, Embed, Adapter."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from zamba2_jax.layers.lora import Loras, with_lora
+from zamba2_jax.ops.stored import product
+from zamba2_jax.sharding import constrain, constrain_gathered
 
 Axes = tuple[str | None, ...]
 
@@ -51,13 +54,23 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., *out), in the compute dtype."""
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.kernel.get_metadata("out_sharding"))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def matrix(self) -> jax.Array:
         """W, (in, *out), for a computation that does more than multiply by it."""
         return self.kernel[...]
+
+
+def look_up(take: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
+    """`take(ids)`, (b, l) to (b, l, d), in an embedding that devices store in parts.
+
+    Every device looks up its own columns, for the rows and tokens of all devices that share them. Then columns are
+    exchanged for tokens and for rows, one mesh axis at a time: two at once, the partitioner gathers everything.
+    """
+    vectors = constrain(take(constrain(ids, "lookup_batch", None)), "lookup_batch", None, "embed")
+    vectors = constrain(vectors, "lookup_batch", "length", "lookup_width")
+    return constrain(vectors, "batch", "length", None)
 
 
 class Embed(nnx.Module):
@@ -80,14 +93,14 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (b, l) -> (b, l, d)."""
-        vectors = jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype)
+        vectors = look_up(lambda ids: jnp.take(self.embedding[...], ids, axis=0).astype(self.dtype), ids)
         if self.padding_id is None:
             return vectors
         return jnp.where((ids == self.padding_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., d) -> (..., v): scores against every embedding, the head of a model with tied embeddings."""
-        embedding = self.embedding[...].astype(self.dtype)
+        embedding = constrain_gathered(self.embedding[...].astype(self.dtype), "vocab", "embed")
         return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())))
 
     def matrix(self) -> jax.Array:
@@ -113,7 +126,9 @@ class Adapter(nnx.Module):
     ):
         options = {"std": std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = Linear(in_features, rank, axes=(in_axis, "adapter_rank"), **options)
-        self.up = Linear(rank, out_features, axes=("adapter_rank", *out_axes), **options)
+        # The rank has no axis to store parts along, and out_features the one of the heads or widths: both at once.
+        stored = tuple(None if axis is None else f"{axis}_of_adapter" for axis in out_axes)
+        self.up = Linear(rank, out_features, axes=("adapter_rank", *stored), **options)
         self.lora: Loras = None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -17,6 +17,7 @@ from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
 from zamba2_jax.layers.projection import projection
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
+from zamba2_jax.sharding import constrain
 from zamba2_jax.tokens import TokenLayout
 
 # The places of the gate and of the recurrence's input in the product that makes both.
@@ -76,7 +77,10 @@ class Mamba2Mixer(nnx.Module):
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
         in_proj = (self.zx_proj(hidden), self.bc_proj(hidden), self.dt_proj(hidden))
-        zx, bc, raw_dt = map(projection, with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora))
+        zx, bc, raw_dt = with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora)
+        zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
+        bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
+        raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
 
         if state is not None and hidden.shape[1] == 1:
             y, state = self._step(zx, bc, raw_dt, layout, state)
@@ -187,7 +191,7 @@ class MambaLayer(nnx.Module):
             return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)
         mixer_input = hidden if transformer_output is None else hidden + transformer_output
         mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state, dropout_key)
-        return hidden + mixed, state
+        return constrain(hidden + mixed, "batch", "length", None), state
 
 
 def _initial_dt_bias(config: Zamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:

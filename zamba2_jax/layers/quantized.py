@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zamba2_jax.layers.linear import Embed, Linear
+from zamba2_jax.layers.linear import Embed, Linear, look_up
 from zamba2_jax.ops.quantized import (
     dequantize_int4,
     dequantize_int8,
@@ -68,7 +68,7 @@ class QuantizedEmbed(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (b, l) -> (b, l, d)."""
-        return take_int8(self.values[...], self.scale[...], ids).astype(self.dtype)
+        return look_up(lambda ids: take_int8(self.values[...], self.scale[...], ids).astype(self.dtype), ids)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., d) -> (..., v): scores against every embedding."""

@@ -3,13 +3,15 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from zamba2_jax.sharding import constrain
+
 
 def rotation(
     positions: Int[Array, "b l"], head_dim: int, base: float
 ) -> tuple[Float[Array, "b l half"], Float[Array, "b l half"]]:
     """Cosines and sines of position · base^(-2i/head_dim) for i < head_dim/2, in float32."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions[..., None].astype(jnp.float32) * (1.0 / base**exponents)
+    angles = constrain(positions[..., None].astype(jnp.float32) * (1.0 / base**exponents), "batch", "length", None)
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -26,6 +26,7 @@ from zamba2_jax.layers.projection import projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
 from zamba2_jax.ops.decode.cached_attention import cached_attention
+from zamba2_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -81,9 +82,12 @@ class SharedAttention(nnx.Module):
         self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
         lora = (context.dropout_key, self.lora, use.lora)
-        query = self._heads(with_lora(self.q_proj(x), "q_proj", x, *lora), use.q_adapter, x, context)
-        key = self._heads(with_lora(self.k_proj(x), "k_proj", x, *lora), use.k_adapter, x, context)
-        value = self._heads(with_lora(self.v_proj(x), "v_proj", x, *lora), use.v_adapter, x, context)
+        query = with_lora(self.q_proj(x), "q_proj", x, *lora)
+        key = with_lora(self.k_proj(x), "k_proj", x, *lora)
+        value = with_lora(self.v_proj(x), "v_proj", x, *lora)
+        query = self._heads(query, use.q_adapter, x, context, "q_heads")
+        key = self._heads(key, use.k_adapter, x, context, "kv_heads")
+        value = self._heads(value, use.v_adapter, x, context, "kv_heads")
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
@@ -122,11 +126,12 @@ class SharedAttention(nnx.Module):
         return mixed, past, weights if context.return_weights else None
 
     def _heads(
-        self, projected: jax.Array, adapter: Adapter | None, x: jax.Array, context: AttentionContext
+        self, projected: jax.Array, adapter: Adapter | None, x: jax.Array, context: AttentionContext, axis: str
     ) -> Float[Array, "b l heads head_dim"]:
         if adapter is not None:
             projected = projected + adapter(x, context.dropout_key)
-        return projection(projected).reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
+        heads = projection(projected).reshape(*projected.shape[:2], -1, self.config.attention_head_dim)
+        return constrain(heads, "batch", "length", axis, None)
 
 
 class SharedMLP(nnx.Module):
@@ -151,8 +156,8 @@ class SharedMLP(nnx.Module):
         self, x: Float[Array, "b l d"], use: SharedBlockUse, dropout_key: jax.Array | None
     ) -> Float[Array, "b l d"]:
         lora = (dropout_key, self.lora, use.lora)
-        gate_up = with_lora(self.gate_up_proj(x), "gate_up_proj", x, *lora)
-        gate_up = projection(gate_up + use.gate_up_adapter(x, dropout_key))
+        gate_up = with_lora(self.gate_up_proj(x), "gate_up_proj", x, *lora) + use.gate_up_adapter(x, dropout_key)
+        gate_up = projection(constrain(gate_up, "batch", "length", None, "mlp"))
         x = ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
         return projection(with_lora(self.down_proj(x), "down_proj", x, *lora))
 
@@ -181,8 +186,10 @@ class SharedTransformerBlock(nnx.Module):
             return *decoding.shared_block_step(self, hidden, embedded, use, context, past), None
         x = self.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))
         x, past, weights = self.self_attn(x, use, context, past)
-        x = self.feed_forward(self.pre_ff_layernorm(x), use, context.dropout_key)
-        return with_lora(use.linear(x), "linear", x, context.dropout_key, use.lora), past, weights
+        x = self.feed_forward(self.pre_ff_layernorm(constrain(x, "batch", "length", None)), use, context.dropout_key)
+        x = constrain(x, "batch", "length", None)
+        output = with_lora(use.linear(x), "linear", x, context.dropout_key, use.lora)
+        return constrain(output, "batch", "length", None), past, weights
 
 
 class SharedBlockUse(nnx.Module):

@@ -1,18 +1,20 @@
 """Softmax attention: a plain reference, three backends, and the choice between them."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
-from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
+from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 from zamba2_jax.ops.cudnn_attention import cudnn_attention
-from zamba2_jax.sharding import BATCH_AXES, RULES
+from zamba2_jax.ops.sequence_attention import causal_attention as sequence_attention
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, constrain, dividing, length_axis, length_parts
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
@@ -56,7 +58,9 @@ def attention(
       implementation: "reference", einsum and softmax; "xla", blocks of queries where there are many (scores of all
         of them are never in memory), else jax.nn.dot_product_attention; "cudnn", the latter's kernel; "splash", the TPU
         kernel of jax.experimental. None takes cudnn on a GPU and splash on a TPU where they can serve, and else xla.
-        With is_causal and without a mask, only "reference" makes an array of a number for every pair of tokens.
+        With is_causal and without a mask, only "reference" makes an array of a number for every pair of tokens. On a
+        mesh (`jax.set_mesh`), each device has its own rows and heads; where a row's tokens are spread over devices,
+        xla and splash gather the keys and values of a causal call.
 
     Returns:
       (b, l, heads, head_dim) in query's dtype.
@@ -90,7 +94,7 @@ def attention(
         case "splash":
             return _splash_on_mesh(query, key, value, scale, segment_ids)
         case "xla" if is_causal and mask is None:
-            return causal_attention(query, key, value, scale=scale, segment_ids=segment_ids, masked_score=MASKED_SCORE)
+            return _causal_on_mesh(query, key, value, scale, segment_ids)
         case "xla" if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):
             return masked_attention(query, key, value, mask, scale=scale, masked_score=MASKED_SCORE)
         case "cudnn":  # with a mask, to which padding is joined
@@ -258,6 +262,7 @@ def _reference(query, key, value, scale, mask, dropout_rate=0.0, dropout_key=Non
     keys, kv_heads = key.shape[1:3]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     scores = scale * jnp.einsum("blkgd,bskd->bkgls", grouped, key, preferred_element_type=jnp.float32)
+    scores = constrain(scores, "batch", "kv_heads", None, "length", None)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
@@ -281,6 +286,8 @@ def _cudnn_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
         return f"head_dim is {head_dim}; it takes more than 128 on compute capability 9.0 and newer only"
     if segment_ids is not None:
         return "segment_ids were given, which would become a mask with a number for every pair of tokens"
+    if is_causal and length_axis(query.shape[1]):
+        return "a row's tokens are spread over devices, and causal is to it a query's place among the device's own"
     return None
 
 
@@ -298,39 +305,78 @@ def _splash_obstacle(query, key, mask, is_causal, segment_ids) -> str | None:
         return "mask was given; it takes is_causal and segment_ids only"
     if not is_causal:
         return "is_causal is False; it is set up for causal attention only"
-    if queries % SPLASH_BLOCKS[-1] or keys % SPLASH_BLOCKS[-1]:
-        return f"there are {queries} queries and {keys} keys; it takes multiples of {SPLASH_BLOCKS[-1]}"
+    parts = length_parts(queries)
+    if queries % (parts * SPLASH_BLOCKS[-1]) or keys % (parts * SPLASH_BLOCKS[-1]):
+        of_device = "" if parts == 1 else f" on {parts} devices"
+        return f"there are {queries} queries and {keys} keys{of_device}; it takes multiples of {SPLASH_BLOCKS[-1]}"
     return None
 
 
-def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
-    """On a mesh, every device runs the kernel on its own rows and heads, key heads with those that read them."""
+def _specs(query, key) -> tuple[PartitionSpec, PartitionSpec]:
+    """How rows, tokens and heads (key heads with those that read them), and rows and tokens, are split on a mesh."""
     sizes = automatic_axes()
     rows = dividing(BATCH_AXES, sizes, query.shape[0])
     heads = dividing((RULES["kv_heads"],), sizes, key.shape[2])
-    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    tokens = length_axis(query.shape[1])
+    return PartitionSpec(rows, tokens, heads), PartitionSpec(rows, tokens)
+
+
+def _causal_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
+    options = {"scale": scale, "masked_score": MASKED_SCORE}
+    tokens = length_axis(query.shape[1])
+    if tokens is not None:
+        function = functools.partial(sequence_attention, axis=tokens, **options)
+    else:
+
+        def function(query, key, value, segment_ids):
+            return causal_attention(query, key, value, segment_ids=segment_ids, **options)
+
+    by_head, by_token = _specs(query, key)
+    return on_each_device(function, (query, key, value, segment_ids), (by_head, by_head, by_head, by_token), by_head)
+
+
+def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
+    """On a mesh, every device runs the kernel on its own rows and heads; where a row's tokens are spread, on its own
+    queries and all keys, with its part of the kernel's table of what to read."""
+    by_head, by_token = _specs(query, key)
+    tokens = length_axis(query.shape[1])
+    heads = query.shape[2] // math.prod(automatic_axes()[axis] for axis in by_head[2] or ())
+    kernel = _splash_kernel(query.shape[1], heads, length_parts(query.shape[1]))
+    of_kernel = PartitionSpec()
+    if tokens is not None:
+        mesh = jax.sharding.get_abstract_mesh()
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, tokens)))
+
+    def local(kernel, query, key, value, segment_ids):
+        if tokens is not None:
+            key, value = jax.lax.all_gather((key, value), tokens, axis=1, tiled=True)
+            if segment_ids is not None:
+                segment_ids = segment_ids[0], jax.lax.all_gather(segment_ids[1], tokens, axis=1, tiled=True)
+        return _splash(kernel, query, key, value, segment_ids, scale=scale)
+
     return on_each_device(
-        functools.partial(_splash, scale=scale),
-        (query, key, value, segment_ids),
-        (by_head, by_head, by_head, by_row),
+        local,
+        (kernel, query, key, value, segment_ids),
+        (of_kernel, by_head, by_head, by_head, by_token),
         by_head,
     )
 
 
-def _splash(query, key, value, segment_ids, *, scale) -> jax.Array:
+def _splash_kernel(length: int, heads: int, parts: int):
+    """The kernel for rows of `length` tokens, of whose queries each of `parts` devices has its share."""
     # Imported here: the kernel's module is of use on a TPU only, and Pallas is slow to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
         MultiHeadMask,
-        SegmentIds,
-        make_splash_mha_single_device,
+        make_splash_mha,
     )
 
-    length, heads = query.shape[1:3]
-    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
-    kernel = make_splash_mha_single_device(
-        MultiHeadMask([CausalMask((length, length))] * heads),
+    block = next(size for size in SPLASH_BLOCKS if length % (parts * size) == 0)
+    return make_splash_mha(
+        MultiHeadMask([CausalMask((length, length), shard_count=parts)] * heads),
+        head_shards=1,
+        q_seq_shards=parts,
         block_sizes=BlockSizes(
             block_q=block,
             block_kv=block,
@@ -340,6 +386,11 @@ def _splash(query, key, value, segment_ids, *, scale) -> jax.Array:
             block_kv_dq=block,
         ),
     )
+
+
+def _splash(kernel, query, key, value, segment_ids, *, scale) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
     # The kernel knows no scale, and wants the heads before the length.
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     query, key, value = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))

@@ -26,14 +26,14 @@ def causal_attention(
     """Shapes as in `ops.attention.attention`, with as many queries as keys. The backward pass recomputes each block's
     weights."""
     length, head_dim = query.shape[1], query.shape[3]
-    grouped, key, value = _heads_first(query, key, value)
+    grouped, key, value = heads_first(query, key, value)
 
     @jax.checkpoint
     def attend(query, of_query, key, value, of_key, start):
         visible = start + jnp.arange(query.shape[3])[:, None] >= jnp.arange(key.shape[2])
         if of_query is not None:
             visible = visible & (of_query[:, :, None] == of_key[:, None, :])[:, None, None]
-        return _attend(query, key, value, visible, scale, masked_score)
+        return attend_all(query, key, value, visible, scale, masked_score)
 
     def of_block(start):
         return (
@@ -69,7 +69,7 @@ def masked_attention(
     block = rows_per_block(slots)
     blocks = -(-length // block)
     padding = blocks * block - length
-    grouped, key, value = _heads_first(query, key, value)
+    grouped, key, value = heads_first(query, key, value)
     grouped = jnp.pad(grouped, ((0, 0),) * 3 + ((0, padding), (0, 0)))
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
@@ -77,7 +77,7 @@ def masked_attention(
     def attend(start):
         part = jax.lax.dynamic_slice_in_dim(grouped, start, block, axis=3)
         visible = jax.lax.dynamic_slice_in_dim(mask, start, block, axis=2)
-        return _attend(part, key, value, visible[:, :, None], scale, masked_score)
+        return attend_all(part, key, value, visible[:, :, None], scale, masked_score)
 
     mixed = jnp.moveaxis(jax.lax.map(attend, jnp.arange(blocks) * block), 0, 3)
     mixed = mixed.reshape(*grouped.shape)[..., :length, :]
@@ -89,7 +89,7 @@ def rows_per_block(slots: int) -> int:
     return min(BLOCK, max(16, (1 << 20) // slots))
 
 
-def _heads_first(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def heads_first(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(b, kv_heads, heads per kv_head, l, head_dim), twice (b, kv_heads, s, head_dim): plain batched products."""
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -97,7 +97,7 @@ def _heads_first(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[ja
     return grouped, jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
 
 
-def _attend(query, key, value, visible, scale, masked_score) -> jax.Array:
+def attend_all(query, key, value, visible, scale, masked_score) -> jax.Array:
     scores = jnp.einsum("bkgld,bksd->bkgls", query, key, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(visible, scores, masked_score)
     # Normalised after the product with the values: that is head_dim numbers a query instead of one for every key.

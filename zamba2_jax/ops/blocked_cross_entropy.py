@@ -10,6 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.stored import summed_outer_product
+from zamba2_jax.sharding import constrain, constrain_gathered, length_parts
+
 # Scores of one block on one device, float32: 256 MB. At v = 32000 that is 2048 tokens, enough for a matrix product to
 # run at full speed and for the (v, d) sum of the head's gradient to be read, written, and on a mesh summed, seldom.
 BLOCK_SCORES = 1 << 26
@@ -54,9 +57,11 @@ summed_cross_entropy.defvjp(_forward, _backward)
 
 def _run(hidden, head, labels, vocab_axis, ignore_index, columns, *, with_gradients):
     batch, length, features = hidden.shape
-    weights = head.astype(hidden.dtype)
+    head_axes = ("vocab", "embed") if vocab_axis == 0 else ("embed", "vocab")
+    weights = constrain_gathered(head.astype(hidden.dtype), *head_axes)
     blocks = -(-length // columns)
-    columns = -(-length // blocks)
+    parts = length_parts(length)
+    columns = parts * -(-length // (blocks * parts))
 
     def split(array, filler):
         """(b, l, ...) to (blocks, b, columns, ...). A block takes every so many-th token, not neighbours: so each holds
@@ -68,7 +73,8 @@ def _run(hidden, head, labels, vocab_axis, ignore_index, columns, *, with_gradie
     def add_block(carry, block):
         total, head_slope = carry
         hidden, labels = block
-        scores = _product(hidden, weights, (2,), (1 - vocab_axis,))  # (b, columns, v)
+        hidden, labels = constrain(hidden, "batch", "length", None), constrain(labels, "batch", "length")
+        scores = constrain(_product(hidden, weights, (2,), (1 - vocab_axis,)), "batch", "length", "vocab")
         normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         # A comparison, not a look-up: it stays where it is when the vocabulary is spread over devices.
         is_label = jax.lax.broadcasted_iota(labels.dtype, scores.shape, 2) == labels[..., None]
@@ -81,9 +87,10 @@ def _run(hidden, head, labels, vocab_axis, ignore_index, columns, *, with_gradie
         slope = jnp.where(counts[..., None], jnp.exp(scores - normaliser) - is_label, 0.0).astype(hidden.dtype)
         hidden_slope = _product(slope, weights, (2,), (vocab_axis,)).astype(hidden.dtype)
         pair = (slope, hidden) if vocab_axis == 0 else (hidden, slope)
-        return (total, head_slope + _product(*pair, (0, 1), (0, 1))), hidden_slope
+        head_slope = head_slope + summed_outer_product(*pair, head_axes, jnp.float32)
+        return (total, head_slope), constrain(hidden_slope, "batch", "length", None)
 
-    head_slope = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
+    head_slope = constrain(jnp.zeros(head.shape, jnp.float32), *head_axes) if with_gradients else None
     start = (jnp.zeros((), jnp.float32), head_slope)
     if blocks == 1:
         (total, head_slope), hidden_slope = add_block(start, (hidden, labels))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_shape
-from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
+from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import fused_gpu_obstacle
-from zamba2_jax.sharding import BATCH_AXES, RULES
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing, length_axis, length_parts
 
 Activation = Literal["silu"]
 ACTIVATIONS = ("silu",)
@@ -71,7 +71,8 @@ def causal_conv(
         raise ValueError(f"part is {part} and x has shape {x.shape}, (b, l, parts, ...channels)")
     batch, length, *channels = x.shape if part is None else (*x.shape[:2], *x.shape[3:])
     width = _check_kernel(x, kernel, bias, channels)
-    if initial_window is None:
+    from_nothing = initial_window is None
+    if from_nothing:
         initial_window = jnp.zeros((batch, width - 1, *channels), x.dtype)
     check_shape("initial_window", initial_window, (batch, width - 1, *channels), "(b, k-1, ...channels)")
     check_floating("initial_window", initial_window)
@@ -87,6 +88,12 @@ def causal_conv(
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     window = initial_window.astype(x.dtype)
+    parts = length_parts(length)
+    if from_nothing and parts > 1 and length // parts >= width - 1 > 0:
+        options = {"activation": activation, "implementation": implementation, "interpret": interpret}
+        y = _spread(functools.partial(causal_conv, **options), x, kernel, bias, run_start, segment_ids, part)
+        x = x if part is None else x[:, :, part]
+        return y, _window_of_tokens(x, window, run_start, run_end, segment_ids)
     if implementation == "xla" or obstacle is not None:
         x = x if part is None else x[:, :, part]
         segment = None if segment_ids is None else _padded_segments(segment_ids, run_start, width)
@@ -160,11 +167,7 @@ def _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, in
         )
         return y.reshape(rows, length, *kernel.shape[1:])
 
-    sizes = automatic_axes()
-    rows = dividing(BATCH_AXES, sizes, batch)
-    # One axis of channels is that of mamba's heads; B and C, which all heads of a group read, are on every device.
-    split = dividing((RULES["mamba_inner"],), sizes, channels[0]) if len(channels) == 1 else None
-    spread = (split,) if len(channels) == 1 else (None,) * len(channels)
+    rows, spread = _split(batch, channels)
     x_spec = PartitionSpec(rows, None, *(() if part is None else (None,)), *spread)
     of_row = PartitionSpec(rows)
     return on_each_device(
@@ -180,6 +183,53 @@ def _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, in
         ),
         PartitionSpec(rows, None, *spread),
     )
+
+
+def _spread(convolve, x, kernel, bias, run_start, segment_ids, part) -> jax.Array:
+    """y where a row's tokens are spread over devices: each is handed the last k - 1 inputs of the one before it, as an
+    initial window."""
+    batch, length = x.shape[:2]
+    width, *channels = kernel.shape
+    axis, parts = length_axis(length), length_parts(length)
+    if run_start is not None:
+        # What precedes the run is absent: as if it were zero, for a run without a window. It is the first token of a
+        # run, not of a device's part, that has nothing before it.
+        x, part = (x if part is None else x[:, :, part]), None
+        inside = jnp.arange(length) >= run_start[:, None]
+        x = jnp.where(inside.reshape(*inside.shape, *(1,) * len(channels)), x, jnp.zeros((), x.dtype))
+
+    def from_before(array):
+        """The last k - 1 places of the device before; zeros on the first."""
+        last = array[:, array.shape[1] - (width - 1) :]
+        return jax.lax.ppermute(last, axis, [(device, device + 1) for device in range(parts - 1)])
+
+    def local(x, kernel, bias, segment_ids):
+        window = from_before(x if part is None else x[:, :, part])
+        if segment_ids is not None:
+            # A window is of the first token's segment: what lies before a change of id is zeroed.
+            ids = jnp.concatenate([from_before(segment_ids), segment_ids[:, :1]], axis=1)
+            changes = jnp.cumsum((ids[:, 1:] != ids[:, :-1])[:, ::-1], axis=1)[:, ::-1]
+            same = (changes == 0).reshape(*changes.shape, *(1,) * len(channels))
+            window = jnp.where(same, window, jnp.zeros((), window.dtype))
+        return convolve(x, kernel, bias, initial_window=window, segment_ids=segment_ids, part=part)[0]
+
+    rows, spread = _split(batch, channels)
+    of_x = PartitionSpec(rows, axis, *(() if part is None else (None,)), *spread)
+    return on_each_device(
+        local,
+        (x, kernel, bias, segment_ids),
+        (of_x, PartitionSpec(None, *spread), PartitionSpec(*spread), PartitionSpec(rows, axis)),
+        PartitionSpec(rows, axis, *spread),
+    )
+
+
+def _split(batch: int, channels: list[int]) -> tuple[tuple[str, ...] | None, tuple[tuple[str, ...] | None, ...]]:
+    """The mesh axes of the rows, and of each axis of channels."""
+    sizes = automatic_axes()
+    rows = dividing(BATCH_AXES, sizes, batch)
+    if len(channels) > 1:  # B and C, which all heads of a group read, are on every device
+        return rows, (None,) * len(channels)
+    return rows, (dividing((RULES["mamba_inner"],), sizes, channels[0]),)  # those of mamba's heads
 
 
 def _window_of_tokens(

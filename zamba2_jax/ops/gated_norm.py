@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from zamba2_jax.ops._checks import check_choice, check_floating, check_shape
-from zamba2_jax.ops._mesh import automatic_axes, dividing, on_each_device
+from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import fused_gpu_obstacle
-from zamba2_jax.sharding import BATCH_AXES, RULES
+from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing
 
 Implementation = Literal["xla", "pallas_gpu"]
 IMPLEMENTATIONS = ("xla", "pallas_gpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -66,7 +67,7 @@ def cached_attention(
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"key has {kv_heads} heads and query has {heads}; query's must be a multiple of key's")
 
-    obstacle = kernel_obstacle(heads // kv_heads, interpret)
+    obstacle = kernel_obstacle(heads // kv_heads, interpret, (query, key, value))
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     if implementation == "xla" or obstacle is not None or (interpret and implementation is None):
@@ -76,11 +77,11 @@ def cached_attention(
     )
 
 
-def kernel_obstacle(sharing: int, interpret: bool = False) -> str | None:
-    """Why the kernel cannot serve, or None where it can. sharing: heads per key head."""
+def kernel_obstacle(sharing: int, interpret: bool = False, arrays: Iterable[jax.Array] = ()) -> str | None:
+    """Why the kernel cannot serve, or None where it can. sharing: heads per key head. arrays: what it would read."""
     if sharing > _MAX_SHARING:
         return f"{sharing} heads share a key head; it takes up to {_MAX_SHARING}"
-    return no_single_gpu(interpret)
+    return no_single_gpu(interpret, arrays)
 
 
 def in_blocks(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 
 from zamba2_jax.ops._platform import compute_capability, platform
@@ -10,11 +12,15 @@ from zamba2_jax.ops._platform import compute_capability, platform
 OLDEST_GPU = 8.0
 
 
-def no_single_gpu(interpret: bool = False) -> str | None:
-    """Set where the program does not run on one GPU that Triton serves; the interpreter runs anywhere."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        return f"the arrays are spread over {mesh.size} devices, and it runs on one"
+def no_single_gpu(interpret: bool = False, arrays: Iterable[jax.Array] = ()) -> str | None:
+    """Set where the program does not run on one GPU that Triton serves; the interpreter runs anywhere.
+
+    The program is on several devices where a mesh is in use, or where one of `arrays` lies on one: the latter shows
+    under jit too, and without `jax.set_mesh`.
+    """
+    for mesh in (jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)):
+        if not mesh.empty and mesh.size > 1:
+            return f"the arrays are spread over {mesh.size} devices, and it runs on one"
     if interpret:
         return None
     if platform() != "gpu":

@@ -66,7 +66,7 @@ def ssd(
         "chunked", matrix products within chunks, in XLA's operations; "pallas_gpu" and "pallas_tpu", the same in one
         kernel that keeps matrices and states on the chip, for NVIDIA GPUs of compute capability 9.0 and newer and for
         TPUs. None takes the fused kernel where there is one that can serve, and else "chunked". On a mesh
-        (`jax.set_mesh`), a fused kernel runs on each device's rows and heads.
+        (`jax.set_mesh`), each device runs it on its own rows, heads and tokens.
       interpret: run the named fused kernel in Pallas' interpreter, on any platform. For tests: it is slow.
 
     Returns:
@@ -111,21 +111,19 @@ def ssd(
             raise ValueError(f"implementation {implementation!r} cannot serve: {obstacle}")
 
     dt, A, D, initial_state = _as_float32(dt, A, D, initial_state)
-    arguments = (x, dt, A, B, C, D, initial_state)
     if implementation in FUSED.values():
         kernel = functools.partial(_module(implementation).ssd, interpret=interpret)
-        return partitioned(kernel, *arguments, resets)
-    if resets is None:
-        resets = jnp.zeros((batch, length), bool)
-    match implementation:
-        case "reference":
-            return reference.ssd(*arguments, resets)
-        case "scan":
-            return associative.ssd(*arguments, resets)
-        case "chunked":
-            if platform() == "cpu":
-                chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
-            return chunked.ssd(*arguments, resets, chunk_size=chunk_size)
+    else:
+        if resets is None:
+            resets = jnp.zeros((batch, length), bool)
+        if platform() == "cpu":
+            chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
+        kernel = {
+            "reference": reference.ssd,
+            "scan": associative.ssd,
+            "chunked": functools.partial(chunked.ssd, chunk_size=chunk_size),
+        }[implementation]
+    return partitioned(kernel, x, dt, A, B, C, D, initial_state, resets)
 
 
 @jax.jit
