@@ -20,7 +20,9 @@ def run(cases, *options):
     assert "passed" in finished.stdout
 
 
-@pytest.mark.parametrize("cases", ["TestLossAndGradients", "TestPrograms", "TestLongSequences", "TestGenerate"])
+@pytest.mark.parametrize(
+    "cases", ["TestLossAndGradients", "TestPrograms", "TestLongSequences", "TestGenerate", "TestLora"]
+)
 def test_on_eight_devices(cases):
     run(cases, "-m", "not slow")
 
