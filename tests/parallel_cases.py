@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax import LoraConfig, Zamba2Config, Zamba2ForCausalLM, add_lora
 from zamba2_jax.ops.attention import attention
 from zamba2_jax.ops.conv import causal_conv
 from zamba2_jax.sharding import abstract_params, batch_sharding, check_mesh, make_mesh, param_shardings
@@ -316,3 +316,28 @@ class TestGenerate:
         prompt = np.random.default_rng(2).integers(3, CONFIG.vocab_size, (2, 5))
         call = {"max_new_tokens": 4, "num_beams": 2}
         np.testing.assert_array_equal(spread.generate(prompt, **call), nnx.merge(graph, state).generate(prompt, **call))
+
+
+class TestLora:
+    def test_a_loras_gradient_is_that_of_one_device(self):
+        """Of a block and of a layer, with B's that are not zero; the model itself is not differentiated."""
+        model = nnx.merge(*make_model())
+        add_lora(model, LoraConfig(r=2, target_modules=["in_proj", "q_proj", "down_proj"]), rngs=nnx.Rngs(1))
+        for path, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+            value.set_value(0.1 * jax.random.normal(jax.random.key(len(path)), value.shape))
+        graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+        def step(lora, rest, batch):
+            def loss(lora):
+                return nnx.merge(graph, lora, rest)(**batch, dropout_key=None).loss
+
+            return jax.value_and_grad(loss)(lora)
+
+        batch = {"packed": batches()["packed"]}
+        wanted = {name: jax.jit(step)(lora, rest, one) for name, one in batch.items()}
+        mesh = make_mesh(MIXED)
+        lora, rest = (jax.device_put(state, param_shardings(state, mesh)) for state in (lora, rest))
+        with jax.set_mesh(mesh):
+            step = jax.jit(step)
+            actual = {name: step(lora, rest, jax.device_put(one, batch_sharding(mesh))) for name, one in batch.items()}
+        assert_same(actual, wanted)

@@ -21,7 +21,7 @@ def run(cases, *options):
 
 
 @pytest.mark.parametrize(
-    "cases", ["TestLossAndGradients", "TestPrograms", "TestLongSequences", "TestOps", "TestGenerate"]
+    "cases", ["TestLossAndGradients", "TestPrograms", "TestLongSequences", "TestOps", "TestGenerate", "TestLora"]
 )
 def test_on_eight_devices(cases):
     run(cases, "-m", "not slow")

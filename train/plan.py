@@ -160,7 +160,8 @@ def bytes_by_kind(program: Program, batch: Any) -> dict[str, int]:
 
 def _device_bytes(tree: Any) -> int:
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -314,9 +315,7 @@ def _bound(options: PlanOptions, config: Zamba2Config, count: int, device_kind: 
     return {"operations": operations, "bound_seconds": operations / peak, "peak_operations": peak}
 
 
-def _tpu_lines(
-    options: PlanOptions, result: Mapping[str, Any], usable: float, found: Found | None
-) -> list[str]:
+def _tpu_lines(options: PlanOptions, result: Mapping[str, Any], usable: float, found: Found | None) -> list[str]:
     kinds = {kind: size for kind, size in result["kinds"].items() if size}
     rest = result["bytes"] - sum(kinds.values())
     code = result.get("code_bytes", 0)
