@@ -10,7 +10,7 @@ The first line of a fenced block says what becomes of it:
     ```text                   nothing to run: formulas, layouts
 
 Blocks are run as they stand, but for what `SMALLER` says. The checkpoints that pages name, such as Zyphra/Zamba2-1.2B,
-are directories of that name where a page runs. They hold a random model of three layers, which compiles quickly, with
+are directories of that name where a page runs. They hold a random model of two layers, which compiles quickly, with
 the tokenizer of the model that comes with the package; "demo" is that model itself.
 """
 
@@ -44,6 +44,9 @@ import zamba2_jax
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
+# Training compiles its step in every command. tests/train/ runs the programs quickly; here, `make test-slow` does.
+SLOW = ("docs/training.md",)
+
 # `python -m NAME` -> where its `main(arguments)` is.
 PROGRAMS = {"zamba2_jax": "zamba2_jax.cli", "convert": "convert.cli", "train": "train.cli", "bench": "bench.__main__"}
 
@@ -66,6 +69,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "needs the device that is measured"),
     ("docs/generating.md", "fetches a task's data from the hub"),
     ("docs/performance.md", "minutes on an accelerator, hours for every size"),
+    ("docs/training.md", "needs libtpu, and minutes"),
     ("docs/training.md", "needs TPU slices"),
     ("docs/training.md", "needs a cluster with XPK"),
     ("docs/training.md", "needs a SLURM cluster with GPUs"),
@@ -134,8 +138,9 @@ def hub(tmp_path_factory) -> Path:
     config = zamba2_jax.Zamba2Config.from_pretrained("demo").replace(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
-        layers_block_type=("mamba", "hybrid", "hybrid"),
+        num_hidden_layers=2,
+        layers_block_type=("mamba", "hybrid"),
+        num_mem_blocks=1,
         n_mamba_heads=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -153,7 +158,7 @@ def hub(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
 def test_page(page, hub, tmp_path, monkeypatch):
     """Every block runs, and prints what the page shows."""
     for owner in {Path(name).parent for name in CHECKPOINTS}:
@@ -291,19 +296,19 @@ def check_program(command: str) -> None:
     if module not in PROGRAMS:
         return
     name = arguments[0] if arguments and re.fullmatch(r"[a-z][a-z-]+", arguments[0]) else ""
-    text = help_of(module, name)
+    assert not name or name in help_of(module, ""), f"python -m {module} has no command {name}"
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", command):
-        assert re.search(rf"{option}(?![\w-])", text), f"python -m {module} {name} has no option {option}"
+        assert re.search(rf"{option}(?![\w-])", help_of(module, name)), f"python -m {module} {name} has no {option}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_is_there(page):
-    """Commands in the text and in blocks that are not run, files, links."""
+    """Commands, run or not, by their names and options; files; links."""
     text = (ROOT / page).read_text(encoding="utf-8")
     prose = re.sub(r"^```.*\n(?:.*\n)*?```$", "", text, flags=re.MULTILINE)
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
-    not_run = [block.text.replace("\\\n", " ") for block in blocks(page) if "not-run" in block.info]
-    for code in [*inline, *(line for text in not_run for line in text.splitlines())]:
+    shell = [block.text.replace("\\\n", " ") for block in blocks(page) if block.info.startswith("sh")]
+    for code in [*inline, *(line for text in shell for line in text.splitlines())]:
         for command in re.findall(r"python -m ((?:zamba2_jax|convert|train|bench)\b[^#|\"]*)", code):
             check_program(command)
         if code.startswith("make "):

@@ -154,12 +154,12 @@ class TestLoss:
         assert int(count) == tokens
         np.testing.assert_allclose(float(total) / int(count), sums / tokens, rtol=1e-6)
 
-    def test_accumulation(self, models, parts=4):
+    def test_accumulation(self, models):
         """Parts with different numbers of tokens: loss, norm and the next parameters are those of the whole batch."""
         batch = make_batch(models.jax.config.vocab_size, padded=2)
         whole, state = start(models.jax, options())
         state, metrics = whole.train_step(state, {}, batch)
-        in_parts, other = start(models.jax, options(accumulate=parts))
+        in_parts, other = start(models.jax, options(accumulate=4))
         other, other_metrics = in_parts.train_step(other, {}, batch)
         np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-6)
         np.testing.assert_allclose(other_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
