@@ -296,6 +296,8 @@ def check_program(command: str) -> None:
     if module not in PROGRAMS:
         return
     name = arguments[0] if arguments and re.fullmatch(r"[a-z][a-z-]+", arguments[0]) else ""
+    if (module, name) == ("bench", "speed"):  # of an earlier commit, and the README says so
+        return
     assert not name or name in help_of(module, ""), f"python -m {module} has no command {name}"
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", command):
         assert re.search(rf"{option}(?![\w-])", help_of(module, name)), f"python -m {module} {name} has no {option}"
