@@ -97,7 +97,7 @@ class TestOptions:
             FinetuneOptions(model="m", data=("d",), output=tmp_path / "run", steps=1, lora_alpha=4.0)
 
     def test_every_fault_is_named(self, tmp_path):
-        with pytest.raises(ValueError, match="--steps must be positive.*--keep-last must be positive"):
+        with pytest.raises(ValueError, match=r"--steps must be positive.*--keep-last must be positive"):
             RunOptions(output=tmp_path / "run", steps=0, keep_last=0)
 
     def test_presets(self, tmp_path):
