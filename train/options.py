@@ -1,7 +1,7 @@
 """The options of every subcommand: flat dataclasses, which tyro turns into a command line.
 
-`--preset` fills in what the command line leaves out. `check_options` refuses what makes no sense before anything is read,
-compiled or written; the checks that need the model, the data or the devices follow in `train.run`.
+`--preset` fills in what the command line leaves out. `check_options` refuses what makes no sense before anything is
+read, compiled or written; the checks that need the model, the data or the devices follow in `train.run`.
 """
 
 from __future__ import annotations
