@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from train.step import Params, TrainState
 from zamba2_jax.checkpoint.destination import no_room
 from zamba2_jax.checkpoint.files import CHECKPOINTS
+from zamba2_jax.checkpoint.orbax import one_report
 
 
 class Checkpoints:
@@ -151,7 +152,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _clear_message(self) -> Iterator[None]:
         try:
-            yield
+            with one_report():
+                yield
         except Exception as error:
             reason, cause = None, error
             while reason is None and cause is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from train.options import ClassifyOptions, EvalOptions, FinetuneOptions, PretrainOptions
+from train.options import ClassifyOptions, EvalOptions, FinetuneOptions, PretrainOptions, check_options
 from train.preset_file import PRESETS, defaults_from_preset, take_preset
 
 _OPTIONS = {options.command: options for options in (PretrainOptions, FinetuneOptions, ClassifyOptions, EvalOptions)}
@@ -92,9 +92,11 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     """
     preset, rest = take_preset(list(arguments))
     options_class = _OPTIONS[command]
-    return tyro.cli(
+    options = tyro.cli(
         options_class,
         prog=f"python -m train {command}",
         default=defaults_from_preset(options_class, preset),
         args=rest,
     )
+    check_options(options)
+    return options

@@ -1,7 +1,7 @@
 """The options of every subcommand: flat dataclasses, which tyro turns into a command line.
 
-`--preset` fills in what the command line leaves out. Everything here is checked before anything is read, compiled or
-written; the checks that need the model, the data or the devices follow in `train.run`.
+`--preset` fills in what the command line leaves out. `check_options` refuses what makes no sense before anything is
+read, compiled or written; the checks that need the model, the data or the devices follow in `train.run`.
 """
 
 from __future__ import annotations
@@ -117,9 +117,6 @@ class RunOptions(StepOptions, ModelOptions, ProcessOptions):
     """Write OUTPUT/tensorboard."""
     profile_steps: int = 0
     """Trace so many steps with the profiler, from the fifth one on, into OUTPUT/profile."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,9 +260,6 @@ class EvalOptions(ModelOptions, ProcessOptions):
     """Where tokenised data is kept; default: zamba2_jax/data in the user's cache."""
     output: Path | None = None
     """A file to write the result to, as JSON."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 Options = PretrainOptions | FinetuneOptions | ClassifyOptions | EvalOptions

@@ -99,11 +99,7 @@ def defaults_from_preset(options_class: type, name: str | None) -> Any:
     for field in fields.values():
         required = field.default is dataclasses.MISSING
         filled[field.name] = values.get(field.name, tyro.MISSING if required else field.default)
-    # Checks wait for the command line.
-    instance = object.__new__(options_class)
-    for key, value in filled.items():
-        object.__setattr__(instance, key, value)
-    return instance
+    return options_class(**filled)
 
 
 def _converted(preset: str | None, key: str, value: Any, hint: Any) -> Any:

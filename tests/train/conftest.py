@@ -94,8 +94,8 @@ class Workspace:
         """In this process; the exit code."""
         return cli.main(self.arguments(command, output, **options))
 
-    def start(self, words, *, devices=1):
-        """In a process of its own."""
+    def start(self, words, *, devices=1, largest_file="unlimited"):
+        """In a process of its own, which may write files of so many KiB."""
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         environment = os.environ | {
             "XLA_FLAGS": flags,
@@ -103,7 +103,7 @@ class Workspace:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "train", *words],
+            ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "-", sys.executable, "-m", "train", *words],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from train import classification, cli
-from train.options import FinetuneOptions, ProcessOptions, RunOptions
+from train.options import FinetuneOptions, ProcessOptions, RunOptions, check_options
 from train.preset_file import defaults_from_preset
 from train.processes import Job, find_job, roll_call
 
@@ -94,11 +94,11 @@ class TestOutputDirectory:
 class TestOptions:
     def test_lora_options_need_a_rank(self, tmp_path):
         with pytest.raises(ValueError, match="--lora-alpha needs --lora-rank"):
-            FinetuneOptions(model="m", data=("d",), output=tmp_path / "run", steps=1, lora_alpha=4.0)
+            check_options(FinetuneOptions(model="m", data=("d",), output=tmp_path / "run", steps=1, lora_alpha=4.0))
 
     def test_every_fault_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=r"--steps must be positive.*--keep-last must be positive"):
-            RunOptions(output=tmp_path / "run", steps=0, keep_last=0)
+            check_options(RunOptions(output=tmp_path / "run", steps=0, keep_last=0))
 
     def test_presets(self, tmp_path):
         preset = tmp_path / "mine.toml"
@@ -160,9 +160,8 @@ class TestLabels:
         logits = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0], [0.0, 1.0]])
         found = classification.scores(logits, np.array([0, 1, 1, 1]), classification.SINGLE)
         assert found == {"accuracy": 0.75, "f1": pytest.approx((2 / 3 + 4 / 5) / 2)}
-        several = classification.scores(
-            np.sign(logits - 0.5), np.array([[1, 1], [0, 1], [1, 1], [0, 0]]), "multi_label_classification"
-        )
+        wanted = np.array([[1, 1], [0, 1], [1, 1], [0, 0]])
+        several = classification.scores(np.sign(logits - 0.5), wanted, classification.MULTI)
         assert several["accuracy"] == 0.5
         assert several["f1_micro"] == pytest.approx(2 * 4 / (5 + 5))
         assert classification.scores(np.array([[1.0]]), np.array([[3.0]]), classification.REGRESSION) == {"mse": 4.0}

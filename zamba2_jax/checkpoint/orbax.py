@@ -151,7 +151,7 @@ def write_orbax(
             for name in key[:-1]:
                 node = node.setdefault(str(name), {})
             node[str(key[-1])] = leaf(key)
-        with _one_report(), _checkpointer() as checkpointer:
+        with one_report(), _checkpointer() as checkpointer:
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
             checkpointer.save(directory / ORBAX, tree, save_args=save_args)
         if jax.process_index() == 0:
@@ -176,7 +176,7 @@ def write_settings(parameters: Parameters, directory: FilePath, dtype: np.dtype)
 
 
 @contextlib.contextmanager
-def _one_report() -> Iterator[None]:
+def one_report() -> Iterator[None]:
     """Drops what Orbax's threads log of failures, with tracebacks: the saving thread raises the same ones."""
 
     def is_new(record: logging.LogRecord) -> bool:
