@@ -14,7 +14,16 @@ from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 from zamba2_jax.ops.cudnn_attention import cudnn_attention
 from zamba2_jax.ops.sequence_attention import causal_attention as sequence_attention
-from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, constrain, dividing, length_axis, length_parts
+from zamba2_jax.sharding import (
+    BATCH_AXES,
+    RULES,
+    automatic_axes,
+    constrain,
+    dividing,
+    length_axis,
+    length_parts,
+    spec_in_use,
+)
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
@@ -340,7 +349,8 @@ def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
     queries and all keys, with its part of the kernel's table of what to read."""
     by_head, by_token = _specs(query, key)
     tokens = length_axis(query.shape[1])
-    heads = query.shape[2] // math.prod(automatic_axes()[axis] for axis in by_head[2] or ())
+    (split,) = spec_in_use(key.shape[2:3], ("kv_heads",))
+    heads = query.shape[2] // math.prod(automatic_axes()[axis] for axis in split)
     kernel = _splash_kernel(query.shape[1], heads, length_parts(query.shape[1]))
     of_kernel = PartitionSpec()
     if tokens is not None:
