@@ -14,7 +14,15 @@ from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.blocked_attention import causal_attention, masked_attention, rows_per_block
 from zamba2_jax.ops.cudnn_attention import cudnn_attention
 from zamba2_jax.ops.sequence_attention import causal_attention as sequence_attention
-from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, constrain, dividing, length_axis, length_parts
+from zamba2_jax.sharding import (
+    BATCH_AXES,
+    RULES,
+    automatic_axes,
+    constrain,
+    dividing,
+    length_axis,
+    length_parts,
+)
 
 Implementation = Literal["reference", "xla", "cudnn", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
