@@ -1,5 +1,6 @@
 """Conversations: what a turn reads, what templates may do, files, and the terminal through a pipe and a pty."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -210,7 +211,7 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(models):
     try:
         assert process.stderr.readline().startswith("Type a message.")
         os.write(parent, b"hello\n")
-        wait_for(lambda: len(read(parent)) > 40, process)  # the answer has begun
+        wait_for_output(parent, process, 40)  # more than the echo: the answer has begun
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "stopped.\n"
         assert "first token after" in process.stderr.readline()
@@ -218,20 +219,17 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(models):
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait()
+        process.stderr.close()
         os.close(parent)
 
 
-def read(parent):
+def wait_for_output(parent, process, length):
     os.set_blocking(parent, False)
-    try:
-        return os.read(parent, 1 << 16)
-    except BlockingIOError:
-        return b""
-
-
-def wait_for(condition, process):
-    until = time.monotonic() + 120
-    while not condition():
+    until, output = time.monotonic() + 120, b""
+    while len(output) < length:
         assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
+        assert time.monotonic() < until, output
         time.sleep(0.05)
+        with contextlib.suppress(BlockingIOError):
+            output += os.read(parent, 1 << 16)

@@ -145,7 +145,9 @@ def test_whole_tasks(sides, tasks, tmp_path):
     options = {"tasks": names, "task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
     ours, theirs = (lm_eval.simple_evaluate(model=side, **options) for side in sides)
     for name in names:
-        for metric, value in theirs["results"][name].items():
+        metrics = {key: value for key, value in theirs["results"][name].items() if isinstance(value, float)}
+        assert metrics
+        for metric, value in metrics.items():
             assert ours["results"][name][metric] == pytest.approx(value, rel=1e-5, abs=1e-4), metric
         for mine, other in zip(ours["samples"][name], theirs["samples"][name], strict=True):
             assert len(mine["resps"]) == len(other["resps"])

@@ -234,31 +234,43 @@ class ChatSession:
 
 
 class _Watcher:
-    """A streamer that notes when the first token came and hands the text on; and whether the answer was stopped."""
+    """A streamer that notes when the first token came and hands the text on; and whether the answer was stopped.
+
+    Text is handed on as soon as it is certain: a character may take several tokens, and how a token reads may depend
+    on the one before it. (transformers' TextStreamer waits for the end of a word.)
+    """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None, should_stop: Callable[[], bool] | None):
-        from transformers import TextStreamer
-
-        class Pieces(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if text:
-                    on_text(text)
-
         self.first = 0.0
         self.stopped = False
+        self._tokenizer = tokenizer
+        self._on_text = on_text
         self._should_stop = should_stop
-        self._text = None if on_text is None else Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._context, self._shown = 0, 0  # tokens [context, shown) were handed on last
 
     def put(self, value: np.ndarray) -> None:
-        if value.ndim == 1 and not self.first:  # the prompt comes first, with two dimensions
-            self.first = time.perf_counter()
-        if self._text is not None:
-            self._text.put(value)
+        if value.ndim > 1:  # the prompt comes first
+            return
+        self.first = self.first or time.perf_counter()
+        self._tokens += value.tolist()
+        self._hand_on(certain=False)
 
     def end(self) -> None:
-        if self._text is not None:
-            self._text.end()
+        self._hand_on(certain=True)
 
     def should_stop(self) -> bool:
         self.stopped = self._should_stop is not None and self._should_stop()
         return self.stopped
+
+    def _hand_on(self, certain: bool) -> None:
+        if self._on_text is None:
+            return
+        before = self._decode(self._tokens[self._context : self._shown])
+        now = self._decode(self._tokens[self._context :])
+        if len(now) > len(before) and (certain or not now.endswith("\ufffd")):
+            self._on_text(now[len(before) :])
+            self._context, self._shown = self._shown, len(self._tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
