@@ -160,7 +160,8 @@ def bytes_by_kind(program: Program, batch: Any) -> dict[str, int]:
 
 def _device_bytes(tree: Any) -> int:
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -314,9 +315,7 @@ def _bound(options: PlanOptions, config: Zamba2Config, count: int, device_kind: 
     return {"operations": operations, "bound_seconds": operations / peak, "peak_operations": peak}
 
 
-def _tpu_lines(
-    options: PlanOptions, result: Mapping[str, Any], usable: float, found: Found | None
-) -> list[str]:
+def _tpu_lines(options: PlanOptions, result: Mapping[str, Any], usable: float, found: Found | None) -> list[str]:
     kinds = {kind: size for kind, size in result["kinds"].items() if size}
     rest = result["bytes"] - sum(kinds.values())
     code = result.get("code_bytes", 0)
@@ -393,10 +392,11 @@ def _plan_for_gpus(options: PlanOptions, config: Zamba2Config) -> tuple[dict[str
     memory, usable = gpu_estimate.usable(name)
     sizes = mesh_sizes(options.mesh, count)
     mesh = _check(options, config, sizes)
-    kinds = estimate(options, config, mesh)
+    program = make_step(options, mesh)
+    kinds = estimate(options, config, program)
 
     def measure(rows: int) -> tuple[bool, float]:
-        total = sum(estimate(dataclasses.replace(options, batch_size=rows), config, mesh).values())
+        total = sum(estimate(dataclasses.replace(options, batch_size=rows), config, program).values())
         return total <= usable, total
 
     total = sum(kinds.values())
@@ -429,11 +429,11 @@ def _plan_for_gpus(options: PlanOptions, config: Zamba2Config) -> tuple[dict[str
     return result, lines
 
 
-def estimate(options: PlanOptions, config: Zamba2Config, mesh: Mesh | AbstractMesh) -> dict[str, float]:
-    """Bytes on a GPU by kind, estimated."""
-    program = make_step(dataclasses.replace(options, batch_size=options.batch_size), mesh)
+def estimate(options: PlanOptions, config: Zamba2Config, program: Program) -> dict[str, float]:
+    """Bytes on a GPU by kind, estimated; `program` is the step, of whatever number of rows."""
+    mesh = program.mesh
     kinds: dict[str, float] = dict(bytes_by_kind(program, program.abstract_batch(batch_shapes(options))))
-    itemsize = np.dtype("float32" if options.dtype == "float32" else "uint16").itemsize
+    itemsize = {"float32": 4, "bfloat16": 2}[options.dtype]
     devices_of_batch = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, LENGTH_AXIS))
     count = sum(leaf.size for leaf in jax.tree.leaves((program.state.params, program.frozen)))
     stored_in = mesh.size // mesh.shape["data"]

@@ -52,7 +52,10 @@ def compile_step(options: PlanOptions) -> dict[str, Any]:
         outcome["seconds"] = time.perf_counter() - start
         refused = refusal(str(error))
         if refused is None:
-            return outcome | {"status": "error", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:800]}"}
+            return outcome | {
+                "status": "error",
+                "error": f"{type(error).__name__}: {' '.join(str(error).split())[:800]}",
+            }
         return outcome | {
             "status": "does not fit",
             "bytes": refused.needed_bytes,

@@ -78,7 +78,9 @@ def parse_slice(name: str) -> Slice:
         shapes = _PLANE if CHIPS[chip].axes == 2 else _CUBE
         if left or chips not in shapes:
             sizes = ", ".join(f"{chip}-{count * CHIPS[chip].cores}" for count in shapes)
-            raise ValueError(f"there is no slice {name}; there are {sizes}, and topologies such as {chip}:{shapes[16]}.")
+            raise ValueError(
+                f"there is no slice {name}; there are {sizes}, and topologies such as {chip}:{shapes[16]}."
+            )
         return Slice(f"{chip}:{shapes[chips]}", chip, chips)
     chip, _, shape = name.partition(":")
     if chip not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):

@@ -4,6 +4,7 @@ import pytest
 
 from bench import results, tpu
 
+
 def outcome(chips, status="ok", size=1e9, error=None):
     return {"chips": chips, "status": status, "seconds": 1.0, "bytes": size, "kernels": {}, "error": error}
 
