@@ -392,10 +392,11 @@ def _plan_for_gpus(options: PlanOptions, config: Zamba2Config) -> tuple[dict[str
     memory, usable = gpu_estimate.usable(name)
     sizes = mesh_sizes(options.mesh, count)
     mesh = _check(options, config, sizes)
-    kinds = estimate(options, config, mesh)
+    program = make_step(options, mesh)
+    kinds = estimate(options, config, program)
 
     def measure(rows: int) -> tuple[bool, float]:
-        total = sum(estimate(dataclasses.replace(options, batch_size=rows), config, mesh).values())
+        total = sum(estimate(dataclasses.replace(options, batch_size=rows), config, program).values())
         return total <= usable, total
 
     total = sum(kinds.values())
@@ -428,11 +429,11 @@ def _plan_for_gpus(options: PlanOptions, config: Zamba2Config) -> tuple[dict[str
     return result, lines
 
 
-def estimate(options: PlanOptions, config: Zamba2Config, mesh: Mesh | AbstractMesh) -> dict[str, float]:
-    """Bytes on a GPU by kind, estimated."""
-    program = make_step(dataclasses.replace(options, batch_size=options.batch_size), mesh)
+def estimate(options: PlanOptions, config: Zamba2Config, program: Program) -> dict[str, float]:
+    """Bytes on a GPU by kind, estimated; `program` is the step, of whatever number of rows."""
+    mesh = program.mesh
     kinds: dict[str, float] = dict(bytes_by_kind(program, program.abstract_batch(batch_shapes(options))))
-    itemsize = np.dtype("float32" if options.dtype == "float32" else "uint16").itemsize
+    itemsize = {"float32": 4, "bfloat16": 2}[options.dtype]
     devices_of_batch = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, LENGTH_AXIS))
     count = sum(leaf.size for leaf in jax.tree.leaves((program.state.params, program.frozen)))
     stored_in = mesh.size // mesh.shape["data"]
