@@ -287,7 +287,6 @@ def test_presets(path, tmp_path):
     for wanted in ("# command:  python -m train ", "# hardware: ", "# result:   "):
         assert sum(line.startswith(wanted) for line in head) >= 1, wanted
     assert f"--preset {path.stem}" in "\n".join(head)
-    assert "@" not in "\n".join(head)
 
     command = read_preset(path.stem)["command"]
     options_class = {"pretrain": PretrainOptions, "finetune": FinetuneOptions}[command]
