@@ -8,18 +8,31 @@ TORCH ?= torch==2.13.0
 
 .PHONY: setup demo test test-slow lint format bench clean
 
+# Everything: what the suite, the programs and the notebooks need.
 setup: $(VENV)/.installed
 
-# The oracle, PyTorch, comes first and as a CPU build, so that nothing later pulls the CUDA one.
-$(VENV)/.installed: pyproject.toml
+# The library alone, for a first look.
+$(VENV)/.library: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The oracle, PyTorch, as a CPU build, before anything that would pull the CUDA one.
+$(VENV)/.oracle: $(VENV)/.library
 	PYTHON=$(BIN)/python sh tools/install_torch.sh "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.oracle pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test,bench,train,eval,notebook]'
 	touch $@
 
-demo: setup
-	$(TEST_ENV) $(BIN)/python -m bench.demo $(if $(MODEL),--model $(MODEL))
+# A completion first, and PyTorch, which takes longer to fetch than the rest, after it.
+demo: $(VENV)/.library
+	$(TEST_ENV) $(BIN)/python -m bench.demo complete $(if $(MODEL),--model $(MODEL))
+	@echo; echo "Installing PyTorch, to judge (once) ..."
+	@$(MAKE) --no-print-directory $(VENV)/.oracle
+	$(TEST_ENV) $(BIN)/python -m bench.demo check $(if $(MODEL),--model $(MODEL))
 
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"

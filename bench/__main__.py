@@ -8,6 +8,7 @@ python -m bench table FILE..  writes the README's tables from result files
 python -m bench plot FILE..   draws a result file's plots again
 python -m bench parity        largest differences from PyTorch, float32, on small models of every kind
 python -m bench compiles      programs compiled for 20 prompts of 20 lengths
+python -m bench prefix        a long prefix read again, or continued from its saved cache
 python -m bench full-shape    the 1.2B shape from transformers' file: logits and memory; needs 12 GB of memory
 python -m bench tpu           compiles the three shapes for TPU chips; needs libtpu, not a TPU
 Checkpoint conversion of the large shapes: python -m bench.convert_memory --help
@@ -54,6 +55,7 @@ COMMANDS = {
     "plot": _with_options("plots"),
     "parity": _plain("parity"),
     "compiles": _plain("compiles"),
+    "prefix": _with_options("prefix"),
     "full-shape": _plain("full_shape"),
     "tpu": _with_options("tpu"),
 }

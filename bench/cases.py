@@ -12,7 +12,7 @@ GROUPS = {
     "conv": "the causal convolution alone, likewise",
     "decode": "one step of decoding, from the difference of a long and a short generate()",
     "prefill": "a prompt into a cache, scores of the last token only",
-    "train": "loss and gradient, plain and rematerialised",
+    "train": "loss and gradient: plain, rematerialised by layers, and with the matrix products' results kept",
     "context": "one step of decoding against ever more tokens in the cache",
     "first-token": "from weights in memory to a prompt's first new token: compiling, and from the compilation cache",
     "load": "a safetensors checkpoint onto the device",
@@ -32,7 +32,7 @@ class Case:
         size: of the model.
         batch, length: rows, and tokens per row: of the prompt or context where one token follows.
         backward: with the gradient (ssd and conv; "train" always has it).
-        remat: activations are computed again in the backward pass.
+        remat: None, or the policy of gradient checkpointing: "layer" or "projections".
         filled: the compilation cache holds the programs already.
         quantize: None, "int8" or "int4" weights.
     """
@@ -43,7 +43,7 @@ class Case:
     batch: int
     length: int
     backward: bool = False
-    remat: bool = False
+    remat: str | None = None
     filled: bool = False
     quantize: str | None = None
 
@@ -61,8 +61,7 @@ class Case:
         if self.kind in ("ssd", "conv") and self.backward:
             name += " forward+backward"
         name += f" {self.batch} x {self.length}"
-        if self.remat:
-            name += ", rematerialised"
+        name += {None: "", "layer": ", rematerialised", "projections": ", products kept"}[self.remat]
         return name if self.quantize is None else f"{name}, {self.quantize}"
 
     @property
@@ -76,6 +75,12 @@ class Case:
     def alone(self) -> bool:
         """Whether it needs a process that has run nothing before."""
         return self.kind in ("first-token", "load")
+
+    @property
+    def ours_alone(self) -> bool:
+        """Whether ours does: a training step can want half of a card's memory in one piece, which is not to be had
+        where other programs have cut it up."""
+        return self.alone or (self.kind == "train" and self.size != "tiny")
 
 
 def cases_of(size: str, groups: Sequence[str]) -> list[Case]:
@@ -103,7 +108,8 @@ def _group(group: str, size: str, scale: Scale) -> list[Case]:
         case "decode" | "prefill":
             return [Case(group, group, size, *shape) for shape in getattr(scale, group)]
         case "train":
-            return [Case(group, group, size, *shape, remat=remat) for shape in scale.train for remat in (True, False)]
+            policies = ("layer", "projections", None)
+            return [Case(group, group, size, *shape, remat=policy) for shape in scale.train for policy in policies]
         case "context":
             return [Case(group, group, size, 1, length) for length in scale.contexts]
         case "first-token":

@@ -1,8 +1,10 @@
-"""`make demo`: a PyTorch Zamba2 checkpoint is inspected, converted, checked against PyTorch and continued by both.
+"""`make demo`, in two parts: a model writes, and then PyTorch judges it.
 
-Without --model a small random checkpoint is written first, by transformers, so no network is needed. With --model (a
-hub id or a directory) the
-same happens with real weights, in float32: allow twice the model's size in memory, 10 GB for the 1.2B.
+`complete` continues a few texts; it needs no PyTorch, so that a newcomer reads something before that is installed.
+`check` inspects the checkpoint, converts it, compares it with PyTorch's, and has both continue the same texts.
+
+Without --model it is the small model that comes with the package; with it (a hub id or a directory) another one, in
+float32: allow twice its size in memory, 10 GB for the 1.2B.
 """
 
 from __future__ import annotations
@@ -19,93 +21,85 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 import transformers
 
 import convert.cli
-from bench.oracle import without_dt_clamp
-from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax import Zamba2ForCausalLM
 from zamba2_jax.checkpoint.files import find_checkpoint
+from zamba2_jax.hub import DEMO
 
 OUTPUT = Path("demo-output")
-PROMPT = "What factors contributed to the fall of the Roman Empire?"
+# Of the shipped model, which has read nothing but the source of Python's standard library.
+PROMPTS = (
+    "import os\nimport sys\n\ndef main():\n",
+    "class TestList(unittest.TestCase):\n\n    def setUp(self):\n",
+    'def read_lines(path):\n    """Return the lines of a file.',
+)
+PROSE = ("What factors contributed to the fall of the Roman Empire?",)
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "seed": 0}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", help="hub id or directory; default: a small random model written by transformers")
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("part", choices=("complete", "check"))
+    parser.add_argument("--model", default=DEMO, help="hub id or directory (default: the model in the package)")
+    parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
-
     transformers.logging.set_verbosity_error()  # it would advise to install CUDA kernels
     transformers.logging.disable_progress_bar()
     try:
-        source = Path(find_checkpoint(options.model)) if options.model else None
+        source = Path(find_checkpoint(options.model))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if source is not None and OUTPUT.resolve() in (source.resolve(), *source.resolve().parents):
+    if OUTPUT.resolve() in (source.resolve(), *source.resolve().parents):
         sys.exit(f"error: {source} lies in {OUTPUT}, which the demo makes anew; move it elsewhere first.")
+    prompts = PROMPTS if options.model == DEMO else PROSE
+    part = {"complete": complete, "check": check}[options.part]
+    return part(options.model, source, prompts, options.new_tokens)
+
+
+def complete(name: str, source: Path, prompts: tuple[str, ...], new_tokens: int) -> int:
+    """Streams a continuation of every prompt, sampled with a fixed seed."""
+    start = time.perf_counter()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = Zamba2ForCausalLM.from_pretrained(source, dtype=jnp.float32)
+    heading(f"{name}: {model.config.num_parameters():,} parameters, loaded in {time.perf_counter() - start:.1f} s")
+    for prompt in prompts:
+        print(f"\n-- prompt\n{prompt}\n-- continued", flush=True)
+        inputs = tokenizer(prompt, return_tensors="np")
+        streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        start = time.perf_counter()
+        model.generate(**inputs, max_new_tokens=new_tokens, streamer=streamer, **SAMPLING)
+        print(f"-- {time.perf_counter() - start:.1f} s" + (", compilation included" if prompt == prompts[0] else ""))
+    return 0
+
+
+def check(name: str, source: Path, prompts: tuple[str, ...], new_tokens: int) -> int:
+    """Inspects, converts, verifies, and compares greedy continuations; 1 where they differ."""
     if OUTPUT.exists():
         shutil.rmtree(OUTPUT)
     OUTPUT.mkdir()
-    if source is None:
-        source = write_small_checkpoint(OUTPUT / "pytorch")
-
-    heading("1. What is in the checkpoint", f"python -m convert inspect {source}")
+    heading("What is in the checkpoint", f"python -m convert inspect {name}")
     print_ends(run_convert("inspect", str(source)))
 
     converted = OUTPUT / "jax"
-    heading("2. Convert it", f"python -m convert from-hf {source} {converted}")
+    heading("Convert it", f"python -m convert from-hf {name} {converted}")
     print(run_convert("from-hf", str(source), str(converted), "--no-progress"), end="")
 
-    heading("3. Check it against PyTorch", f"python -m convert verify {source} {converted}")
+    heading("Check it against PyTorch", f"python -m convert verify {name} {converted}")
     print(run_convert("verify", str(source), str(converted), "--no-progress"), end="")
 
-    heading("4. Continue a prompt with both, greedily, float32")
-    agree = generate_with_both(source, converted, options.new_tokens, has_text=options.model is not None)
+    heading("Continue the prompts with both, greedily, float32")
+    agree = generate_with_both(source, converted, prompts, new_tokens)
 
     heading("What to type next")
-    target = options.model or converted
-    if options.model:
-        print(f'.venv/bin/python -m zamba2_jax generate --model {target} --prompt "{PROMPT}"')
-    else:
-        print(
-            "make demo MODEL=Zyphra/Zamba2-1.2B        # the same with real weights: 2.4 GB to fetch, 10 GB of memory"
-        )
-    print("make test                                 # the suite")
-    print(f".venv/bin/python -m zamba2_jax info --model {target}")
+    print(f".venv/bin/python -m zamba2_jax generate --model {name} --prompt 'import '  # or: info --model {name}")
+    if name == DEMO:
+        print("make demo MODEL=Zyphra/Zamba2-1.2B   # the same with real weights: 2.4 GB to fetch, 10 GB of memory")
+    print("make test                            # the suite")
     return 0 if agree else 1
-
-
-def write_small_checkpoint(path: Path) -> Path:
-    """A random model with all parts of the architecture: two shared blocks, both kinds of adapters, RoPE, two
-    groups."""
-    heading("0. Write a small random checkpoint with transformers")
-    torch.manual_seed(0)
-    config = transformers.Zamba2Config(
-        vocab_size=1000,
-        hidden_size=256,
-        num_hidden_layers=12,
-        layers_block_type=["hybrid" if index in (2, 5, 8, 10) else "linear_attention" for index in range(12)],
-        mamba_d_state=64,
-        mamba_ngroups=2,
-        n_mamba_heads=8,
-        num_attention_heads=8,
-        num_mem_blocks=2,
-        adapter_rank=16,
-        use_mem_rope=True,
-        use_shared_attention_adapter=True,
-        # Larger than a trained model's start: scores then differ by far more than float32 can blur, as a trained
-        # model's do.
-        initializer_range=0.1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    model = transformers.Zamba2ForCausalLM(config)
-    model.save_pretrained(path)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {path}")
-    return path
 
 
 def run_convert(*arguments: str) -> str:
@@ -126,39 +120,30 @@ def print_ends(text: str, first: int = 6, last: int = 7) -> None:
     print("\n".join(lines))
 
 
-def generate_with_both(source: Path, converted: Path, new_tokens: int, has_text: bool) -> bool:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source) if has_text else None
-    if tokenizer is not None:
-        prompt = tokenizer(PROMPT, return_tensors="np")["input_ids"]
-    else:
-        prompt = np.random.default_rng(0).integers(3, Zamba2Config.from_pretrained(source).vocab_size, (1, 24))
+def generate_with_both(source: Path, converted: Path, prompts: tuple[str, ...], new_tokens: int) -> bool:
+    import torch
+
+    from bench.oracle import without_dt_clamp
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
+    inputs = tokenizer(list(prompts), return_tensors="np", padding=True)
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
     theirs = transformers.Zamba2ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     without_dt_clamp(theirs)
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    torch_prompt = torch.from_numpy(prompt)
-    mask = torch.ones_like(torch_prompt)
+    of_torch = {key: torch.from_numpy(value) for key, value in inputs.items() if key != "token_type_ids"}
     with torch.no_grad():
-        expected, torch_first, torch_again = timed(
-            lambda: theirs.generate(torch_prompt, attention_mask=mask, **length).numpy()
-        )
+        expected, torch_first, torch_again = timed(lambda: theirs.generate(**of_torch, **length).numpy())
     del theirs
-
     ours = Zamba2ForCausalLM.from_pretrained(converted, dtype=jnp.float32)
-    actual, jax_first, jax_again = timed(lambda: ours.generate(prompt, **length))
+    of_jax = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    actual, jax_first, jax_again = timed(lambda: np.asarray(ours.generate(**of_jax, **length)))
 
-    for name, result, first, again in (
-        ("PyTorch", expected, torch_first, torch_again),
-        ("JAX", actual, jax_first, jax_again),
-    ):
-        text = (
-            tokenizer.decode(result[0]) if tokenizer is not None else " ".join(map(str, result[0, prompt.shape[1] :]))
-        )
-        print(
-            f"{name:8s} first call {first:6.2f} s, second {again:6.2f} s ({new_tokens / again:6.1f} tokens/s): {text}"
-        )
+    for side, first, again in (("PyTorch", torch_first, torch_again), ("JAX", jax_first, jax_again)):
+        speed = expected.shape[0] * new_tokens / again
+        print(f"{side:8s} first call {first:6.2f} s, second {again:6.2f} s ({speed:6.1f} tokens/s)")
     agree = np.array_equal(expected, actual)
-    print(f"The {new_tokens} new tokens {'agree' if agree else 'DIFFER'}. (JAX's first call compiles.)")
+    print(f"{len(prompts)} x {new_tokens} new tokens {'agree' if agree else 'DIFFER'}. (JAX's first call compiles.)")
     return agree
 
 
@@ -173,7 +158,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def heading(title: str, command: str | None = None) -> None:
-    print(f"\n== {title}" + (f"\n$ {command}" if command else ""))
+    print(f"\n== {title}" + (f"\n$ {command}" if command else ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from bench.timing import Samples, time_runs, time_steps
 from bench.worker import HostMemory
 from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
 from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.compilation import for_many_tokens
 from zamba2_jax.ops.conv import causal_conv
 from zamba2_jax.ops.ssd import ssd
 
@@ -184,7 +185,7 @@ def _prefill(case: Case, _: int, __: str | None) -> Samples:
     leaves, build = _flat(_model(case.size))
     ids = jnp.asarray(_ids(case))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=for_many_tokens())
     def prefill(leaves: list[jax.Array], ids: jax.Array) -> tuple[jax.Array, Zamba2Cache]:
         outputs = build(leaves)(ids, use_cache=True, cache_length=case.length, logits_to_keep=1)
         return outputs.logits, outputs.past_key_values
@@ -194,13 +195,11 @@ def _prefill(case: Case, _: int, __: str | None) -> Samples:
 
 def _train(case: Case, _: int, __: str | None) -> Samples:
     model = _model(case.size)
-    if case.remat:
-        model.gradient_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable(case.remat or "none")
     leaves, build = _flat(model)
     ids = jnp.asarray(_ids(case))
-    step = jax.jit(jax.value_and_grad(lambda leaves, ids: build(leaves)(ids, labels=ids).loss))
+    loss = jax.value_and_grad(lambda leaves, ids: build(leaves)(ids, labels=ids).loss)
+    step = jax.jit(loss, compiler_options=for_many_tokens())
     return time_runs(lambda: step(leaves, ids), jax.block_until_ready)
 
 

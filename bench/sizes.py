@@ -47,7 +47,7 @@ class Scale:
         dtype: of weights and computation.
         decode: b rows that continue a prompt of l tokens.
         prefill: one call that fills a cache.
-        train: forward and backward, plain and rematerialised.
+        train: forward and backward, plain and by each policy of gradient checkpointing.
         ssd_batch, ssd_lengths: the recurrence and the convolution alone; each length at least twice an earlier one.
         contexts: tokens in the cache before the steps that are timed, one row.
         growth: twice the batch or the length of a case above, by kind.

@@ -165,7 +165,8 @@ def seconds(value: float) -> str:
 
 
 def _rows(run: dict[str, Any], size: str) -> list[tuple[str, ...]]:
-    return [_row(case) for case in run["cases"] if case["size"] == size]
+    """The size's cases but for those that neither side came to."""
+    return [_row(case) for case in run["cases"] if case["size"] == size and not all(map(_skipped, _sides(case)))]
 
 
 def _row(case: dict[str, Any]) -> tuple[str, ...]:
@@ -183,6 +184,14 @@ def _row(case: dict[str, Any]) -> tuple[str, ...]:
         _memory(peer),
         _seconds_or_nothing(ours["first_call_seconds"]) if good else NONE,
     )
+
+
+def _sides(case: dict[str, Any]) -> tuple[dict[str, Any] | None, ...]:
+    return case["ours"], case["peer"]
+
+
+def _skipped(measured: dict[str, Any] | None) -> bool:
+    return measured is None or measured["status"] == "skipped"
 
 
 def _sizes(run: dict[str, Any]) -> list[str]:

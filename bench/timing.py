@@ -73,6 +73,7 @@ def time_steps(run: Callable[[int], object], few: int, more: int, repeats: int =
 def _seconds(run: Callable[[], Any], wait: Callable[[Any], object], queued: int) -> float:
     start = time.perf_counter()
     for _ in range(queued):
+        result = None  # let go before the next run, whose memory it would add to
         result = run()
     wait(result)
     return time.perf_counter() - start

@@ -143,7 +143,7 @@ def _prefill(case: Case, _: int, __: str | None) -> Samples:
 def _train(case: Case, _: int, __: str | None) -> Samples:
     model = _model(case.size).train()
     ids = _ids(case, model.config.vocab_size)
-    if case.remat:
+    if case.remat == "layer":
         model.gradient_checkpointing_enable()
     else:
         model.gradient_checkpointing_disable()

@@ -9,7 +9,6 @@ rematerialised, float32 parameters; no optimiser, whose state would come on top.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,13 +21,10 @@ from typing import Any
 from bench import results
 from bench.processes import ROOT
 from bench.sizes import PUBLISHED
+from zamba2_jax.tpu_slices import CHIPS, check_compiler, compiler_environment
 
-# Chip: what libtpu calls it, a topology of 16 chips, bytes of HBM per chip.
-CHIPS = {
-    "v5e": ("v5litepod-16", "v5e:4x4", 16e9),
-    "v5p": ("v5p-32", "v5p:2x2x4", 95e9),
-    "v6e": ("v6e-16", "v6e:4x4", 32e9),
-}
+# Slices of 16 chips.
+SLICE = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
 PROGRAMS = {
     "decode": "one step, one row, 4096 cache slots, bfloat16",
     "decode-int8": "the same with int8 weights",
@@ -48,8 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for one compilation (%(default)s)")
     parser.add_argument("--output", type=Path, help="result file, rows replaced in it; default: bench/results/tpu.json")
     options = parser.parse_args(arguments)
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit("the TPU compiler is not there: .venv/bin/python -m pip install libtpu")
+    try:
+        check_compiler()
+    except ImportError as error:
+        sys.exit(str(error))
 
     path = options.output or results.DIRECTORY / "tpu.json"
     run = open_run(path)
@@ -75,7 +73,7 @@ def compile_row(size: str, chip: str, program: str, timeout: float) -> dict[str,
         `results.TPU_FIELDS` but "commit". "status" is "ok", "does not fit" (in the largest slice) or "error"; "chips",
         "seconds" and "bytes" (per chip) are those of the last slice tried, "tried" all of them.
     """
-    hbm = CHIPS[chip][2]
+    hbm = CHIPS[chip].hbm_bytes
     row: dict[str, Any] = {"size": size, "chip": chip, "program": program, "hbm_bytes": hbm, "tried": []}
     for chips in SLICES:
         outcome = _compile(size, chip, program, chips, timeout)
@@ -89,14 +87,9 @@ def compile_row(size: str, chip: str, program: str, timeout: float) -> dict[str,
 
 
 def _compile(size: str, chip: str, program: str, chips: int, timeout: float) -> dict[str, Any]:
-    accelerator, topology, hbm = CHIPS[chip]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": accelerator,
-    }
-    command = [sys.executable, "-m", "bench.tpu_compile", size, topology, program, str(chips), str(hbm)]
+    environment = os.environ | compiler_environment(chip)
+    hbm = str(CHIPS[chip].hbm_bytes)
+    command = [sys.executable, "-m", "bench.tpu_compile", size, SLICE[chip], program, str(chips), hbm]
     outcome = {"chips": chips, "status": "error", "seconds": None, "bytes": None, "kernels": {}, "error": None}
     start = time.monotonic()
     try:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import collections
 import json
-import re
 import sys
 import time
 import types
@@ -17,24 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench.sizes import config_of
 from zamba2_jax import Zamba2ForCausalLM
+from zamba2_jax.compiled_program import kernels, program_bytes, refusal
 from zamba2_jax.sharding import param_shardings
+from zamba2_jax.tpu_slices import devices
 
 _SLOTS = 4096
 _PROMPT = 2048
 _TRAINED = 4096
-_KERNEL = re.compile(r'^\s*(?:ROOT )?%([\w-]+?)(?:\.\d+)* = [^\n]*custom_call_target="tpu_custom_call"', re.MULTILINE)
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 
 
 def main() -> None:
     size, topology, program, chips, hbm = sys.argv[1:]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[: int(chips)]), ("fsdp",))
+    mesh = Mesh(np.array(devices(topology)[: int(chips)]), ("fsdp",))
     print(json.dumps(compile_program(size, program, mesh, float(hbm))))
 
 
@@ -89,9 +85,9 @@ def compile_program(size: str, program: str, mesh: Mesh, hbm: float) -> dict[str
             compiled = function.lower(*arguments).compile()
     except Exception as error:  # whatever the compiler says is the result
         seconds, text = time.perf_counter() - start, " ".join(str(error).split())
-        if too_large := _TOO_LARGE.search(text):
-            used = float(too_large[1]) * 1024.0 ** " KMGT".index(too_large[2])
-            return nothing | {"status": "does not fit", "seconds": seconds, "bytes": used, "error": too_large[0]}
+        if (refused := refusal(text)) is not None:
+            bytes_and_error = {"bytes": refused.needed_bytes, "error": refused.text}
+            return nothing | {"status": "does not fit", "seconds": seconds} | bytes_and_error
         return nothing | {"status": "error", "seconds": seconds, "error": f"{type(error).__name__}: {text[:600]}"}
     return nothing | {
         "status": "ok",
@@ -99,23 +95,6 @@ def compile_program(size: str, program: str, mesh: Mesh, hbm: float) -> dict[str
         "bytes": program_bytes(compiled.memory_analysis()),
         "kernels": kernels(compiled.as_text()),
     }
-
-
-def program_bytes(memory: Any) -> int:
-    """Bytes of HBM that a program needs on a chip; what is donated counts once."""
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-
-
-def kernels(text: str) -> dict[str, int]:
-    """The Pallas kernels in a compiled program's text, by name, and how often each stands there (a kernel in a loop
-    stands once)."""
-    return dict(sorted(collections.Counter(_KERNEL.findall(text)).items()))
 
 
 def _model(size: str, program: str, rngs: Any) -> Zamba2ForCausalLM:

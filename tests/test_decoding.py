@@ -94,6 +94,35 @@ def test_mamba_layer(kind, rows, masked, monkeypatch):
         assert_close(jax.tree.map(lambda leaf: leaf[1], ours), jax.tree.map(lambda leaf: leaf[1], state))
 
 
+@pytest.mark.parametrize(("dtype", "masked"), [(jnp.bfloat16, False), (jnp.float32, True)])
+def test_recurrence_of_many_rows(dtype, masked, monkeypatch):
+    for name in ("mamba_obstacle", "recurrence_obstacle"):
+        switch_off(monkeypatch, name)
+    model, rng = make("7B", dtype)
+    mixer, rows = model.model.layers[0].mamba, 3
+    hidden = jnp.asarray(rng.normal(size=(rows, 1, 64)), dtype)
+    state = states_like(model.init_cache(rows, 8).mamba[0], rng)
+    mask = jnp.asarray([[True], [False], [True]]) if masked else None
+    layout = TokenLayout.make(
+        rows, 1, token_mask=mask, segment_ids=None, position_ids=None, first_position=jnp.zeros(rows, jnp.int32)
+    )
+
+    def steps(hidden, state):
+        zx, bc, dt = (product(hidden) for product in (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj))
+        y, ours = decoding.recurrence_step(mixer, zx[:, 0], bc[:, 0], dt[:, 0], layout, state, interpret=INTERPRET)
+        return mixer._step(zx, bc, dt, layout, state), (y[:, None], ours)
+
+    (expected, left), (got, ours) = jax.jit(steps)(hidden, state)
+    real = slice(None) if mask is None else mask[:, 0]
+    close = CLOSE if dtype == jnp.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for one, other in zip(jax.tree.leaves((got[real], ours)), jax.tree.leaves((expected[real], left)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), **close)
+    if masked:
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(one[1], other[1])
+
+
 @pytest.mark.parametrize(("kind", "rows"), [("1.2B", 1), pytest.param("7B", 3, marks=pytest.mark.slow)])
 def test_shared_block(kind, rows, monkeypatch):
     switch_off(monkeypatch, "shared_block_obstacle")
@@ -148,6 +177,7 @@ class TestObstacles:
             assert "needs a GPU" in decoding.mamba_obstacle(layer, 1)
         many = products_gpu.MAX_ROWS + 1
         assert f"{many} rows" in decoding.mamba_obstacle(layer, many, interpret=INTERPRET)
+        assert decoding.recurrence_obstacle(layer.mamba, interpret=INTERPRET) is None
         single, _ = make("1.2B", dtype=jnp.float32)
         assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=INTERPRET)
 

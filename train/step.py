@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.optimizer import make_optimizer, make_schedule
 from train.options import StepOptions
+from zamba2_jax.compilation import for_many_tokens
 from zamba2_jax.sharding import batch_sharding, param_shardings
 
 Params = dict[str, jax.Array]
@@ -211,7 +212,12 @@ def make_program(skeleton: Skeleton, options: StepOptions, mesh: Mesh, loss: Los
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
     )
     return Program(
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated)),
+        train_step=jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated),
+            compiler_options=for_many_tokens(),
+        ),
         eval_step=make_eval_step(skeleton, loss, count, mesh),
         init_state=jax.jit(init_state, donate_argnums=0, out_shardings=shardings),
         state=state,
@@ -229,7 +235,8 @@ def make_eval_step(
     def eval_step(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return loss(skeleton.build(params, frozen), batch, None, jnp.ones((), jnp.float32)), count(batch)
 
-    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(eval_step, out_shardings=replicated, compiler_options=for_many_tokens())
 
 
 def make_predict_step(

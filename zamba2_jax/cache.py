@@ -8,6 +8,9 @@ so that shapes stay fixed under jit.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+from typing import TYPE_CHECKING, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.sharding import constrain
+
+if TYPE_CHECKING:
+    from zamba2_jax.models import PretrainedModel
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +87,95 @@ class Zamba2Cache:
     def reorder(self, rows: Int32[Array, " r"]) -> Zamba2Cache:
         """A cache of r rows: row i is this cache's row `rows[i]`. Serves beams, which drop and double rows."""
         return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jnp.take(leaf, rows, axis=0), self)
+
+    def repeat(self, n: int) -> Zamba2Cache:
+        """A cache of b * n rows, every row n times, copies side by side (`jnp.repeat`): one prefix, read once, for n
+        continuations.
+
+        Raises:
+            ValueError: n below 1.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}.")
+        return _repeat(self, n=n)
+
+    def resize(self, max_length: int) -> Zamba2Cache:
+        """The same memory with `max_length` slots, and without the slots that padding took.
+
+        Real tokens move to the front of their row, in their order; what a later token sees is the same. `length`
+        becomes the largest number of real tokens that a row holds. Not under jit.
+
+        Raises:
+            ValueError: fewer slots than a row has real tokens.
+        """
+        tokens = int(self.slot_mask.sum(axis=1).max())
+        if max_length < max(tokens, 1):
+            raise ValueError(
+                f"max_length must be at least {max(tokens, 1)}, the tokens in the cache, got {max_length}."
+            )
+        return _resize(self, max_length=max_length)
+
+    def save(self, path: str | os.PathLike[str], model: PretrainedModel) -> None:
+        """Writes the cache to one safetensors file, replacing it in one step.
+
+        The Mamba2 states take the same space whatever was read; keys and values take that of the tokens they are of,
+        padding left out. All keep their dtypes. The file also says which model it is of: its config, and samples of all
+        its weights as bfloat16, so that the same checkpoint loaded in another dtype counts as the same model.
+
+        Args:
+            path: the file, such as "prefix.safetensors"; its directory must exist.
+            model: the model that filled the cache.
+
+        Raises:
+            ValueError: a cache that is not of this model's shape.
+            OSError: the file cannot be written; what was there before stays.
+        """
+        from zamba2_jax import cache_file
+
+        cache_file.write(path, self, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PretrainedModel, max_length: int | None = None) -> Self:
+        """Reads a file written by `save`.
+
+        Args:
+            path: the file.
+            model: the model that is to continue; it must be the one that filled the cache.
+            max_length: slots. None takes as many as there are tokens: `generate` makes a full cache larger by itself,
+                calls of the model need room.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no such file's format, a damaged one, one of another model (naming what differs), or fewer slots
+                than tokens.
+        """
+        from zamba2_jax import cache_file
+
+        return cache_file.read(path, model, max_length)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("n",))
+def _repeat(cache: Zamba2Cache, *, n: int) -> Zamba2Cache:
+    return cache.reorder(jnp.repeat(jnp.arange(cache.batch_size), n))
+
+
+@functools.partial(jax.jit, static_argnames=("max_length",))
+def _resize(cache: Zamba2Cache, *, max_length: int) -> Zamba2Cache:
+    # A stable sort puts the real slots first and leaves them in order.
+    order = jnp.argsort(~cache.slot_mask, axis=1, stable=True)[:, :max_length]
+    real = jnp.take_along_axis(cache.slot_mask, order, axis=1)
+    more = (0, max_length - order.shape[1])
+
+    def move(slots: Float[Array, "b slots kv_heads head_dim"]) -> Float[Array, "b max_length kv_heads head_dim"]:
+        moved = jnp.where(real[..., None, None], jnp.take_along_axis(slots, order[..., None, None], axis=1), 0)
+        return jnp.pad(moved, ((0, 0), more, (0, 0), (0, 0)))
+
+    return dataclasses.replace(
+        cache,
+        attention=jax.tree.map(move, cache.attention),
+        slot_mask=jnp.pad(real, ((0, 0), more)),
+        length=cache.slot_mask.sum(axis=1).max().astype(jnp.int32),
+    )
 
 
 def constrain_cache(cache: Zamba2Cache) -> Zamba2Cache:

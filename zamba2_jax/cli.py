@@ -1,6 +1,4 @@
-"""The command line: `python -m zamba2_jax generate …` and `python -m zamba2_jax info …`. Text goes to stdout, all else
-to stderr.
-"""
+"""The command line: `python -m zamba2_jax generate …`, `chat …`, `info …`. Text goes to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ _EXAMPLES = """examples:
   python -m zamba2_jax generate --model Zyphra/Zamba2-1.2B --prompt "The Roman Empire fell because"
   python -m zamba2_jax generate --model ./zamba2-1.2b --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
   echo "Once upon a time" | python -m zamba2_jax generate --model ./zamba2-1.2b --prompt-file - --stats
+  python -m zamba2_jax chat --model Zyphra/Zamba2-1.2B-Instruct --temperature 0.7
   python -m zamba2_jax info --model ./zamba2-1.2b
 
 exit codes: 0 done; 2 it could not be done, with one line on stderr that says why.
@@ -84,6 +83,25 @@ def _generate(options: argparse.Namespace) -> None:
         _print_stats(inputs["input_ids"].shape[1], sequences, began, seconds, clock)
 
 
+def _chat(options: argparse.Namespace) -> None:
+    template = None if options.template is None else _read_text("--template", options.template)
+    system = options.system
+    directory = _find(options)
+
+    from transformers import AutoTokenizer
+
+    from zamba2_jax import chat_terminal
+    from zamba2_jax.chat import ChatSession
+    from zamba2_jax.models import Zamba2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = Zamba2ForCausalLM.from_pretrained(directory, dtype=options.dtype, quantize=options.quantize)
+    session = ChatSession(model, tokenizer, system=system, template=template, **_given_options(options))
+    if options.load is not None:
+        session.load(options.load)
+    chat_terminal.run(session, seed=options.seed, verbose=options.verbose)
+
+
 class _Clock:
     """Hands tokens on to a streamer and notes when they came."""
 
@@ -115,10 +133,8 @@ def _print_stats(prompt_length: int, sequences: Any, began: float, seconds: floa
         print(line, file=sys.stderr)
 
 
-def _generation_options(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate`. An option that was not given stays with `settings`, the checkpoint's
-    generation_config.json.
-    """
+def _given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `generate` that were given on the command line."""
     names = (
         "max_new_tokens",
         "max_length",
@@ -133,11 +149,19 @@ def _generation_options(options: argparse.Namespace, settings: dict[str, Any]) -
         "eos_token_id",
         "prefill_chunk",
     )
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.early_stopping is not None:
-        given["early_stopping"] = _EARLY_STOPPING[options.early_stopping]
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
     if any(name in given for name in _SAMPLING):
         given.setdefault("do_sample", True)
+    return given
+
+
+def _generation_options(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`. An option that was not given stays with `settings`, the checkpoint's
+    generation_config.json.
+    """
+    given = _given_options(options)
+    if options.early_stopping is not None:
+        given["early_stopping"] = _EARLY_STOPPING[options.early_stopping]
     if "max_length" in given:
         given["max_new_tokens"] = None  # one from the file would go before it
     elif all(lengths.get(name) is None for lengths in (given, settings) for name in ("max_new_tokens", "max_length")):
@@ -151,13 +175,18 @@ def _read_prompt(options: argparse.Namespace) -> str:
     elif options.prompt_file == "-":
         prompt, source = sys.stdin.read(), "the prompt on standard input"
     else:
-        path = Path(options.prompt_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"--prompt-file {path} does not exist; give a text file, or - for standard input.")
-        prompt, source = path.read_text(encoding="utf-8"), f"--prompt-file {path}"
+        prompt = _read_text("--prompt-file", options.prompt_file, ", or - for standard input")
+        source = f"--prompt-file {options.prompt_file}"
     if not prompt:
         raise ValueError(f"{source} is empty; give some text to continue.")
     return prompt
+
+
+def _read_text(option: str, name: str, otherwise: str = "") -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} {path} does not exist; give a text file{otherwise}.")
+    return path.read_text(encoding="utf-8")
 
 
 def _find(options: argparse.Namespace) -> Path:
@@ -282,7 +311,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m zamba2_jax",
-        description="Zamba2 in JAX: continue a text, or show what is in a checkpoint.",
+        description="Zamba2 in JAX: continue a text, talk, or show what is in a checkpoint.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -298,9 +327,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     _add_model(generate)
-    generate.add_argument(
-        "--quantize", choices=_QUANTIZATIONS, help="store matrices as integers: half or a third of the memory"
-    )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file that holds it; - is standard input")
@@ -312,28 +338,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"at most so many (default: {_NEW_TOKENS}, if the checkpoint sets no length)",
     )
     lengths.add_argument("--max-length", type=int, metavar="N", help="at most so many, those of the prompt counted")
-    generate.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
-    generate.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")
     generate.add_argument("--no-stream", action="store_true", help="write the text when it is complete")
     generate.add_argument("--stats", action="store_true", help="times on stderr")
     generate.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens per call (default: by length)")
 
-    sampling = generate.add_argument_group("sampling", "Any of these but --seed implies --do-sample.")
-    sampling.add_argument(
-        "--do-sample",
-        action=argparse.BooleanOptionalAction,
-        help="draw tokens instead of taking the likeliest (default: not)",
-    )
-    sampling.add_argument("--temperature", type=float, metavar="T", help="below 1 sharpens, above 1 flattens")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default: 50; 0: from all)")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up P")
-    sampling.add_argument("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best")
-    sampling.add_argument("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one)")
-
-    shaping = generate.add_argument_group("repetition")
-    shaping.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages tokens said before")
-    shaping.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="never say N tokens in a row twice")
-
+    _add_choice_of_tokens(generate)
     beams = generate.add_argument_group("beam search")
     beams.add_argument("--num-beams", type=int, metavar="K", help="beams (default: 1, no beam search)")
     beams.add_argument("--length-penalty", type=float, metavar="X", help="above 0 favours long results (default: 1)")
@@ -347,6 +356,23 @@ def _parser() -> argparse.ArgumentParser:
         help="results, separated by a line of --- (default: 1)",
     )
 
+    chat = commands.add_parser(
+        "chat",
+        help="talk with an instruct checkpoint",
+        description="A conversation: every line of stdin is a message, answers go to stdout as they come. Only what is "
+        "new is read in each turn. /help lists what else can be typed; Ctrl-C ends an answer, Ctrl-D the program.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    chat.set_defaults(run=_chat)
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    chat.add_argument("--template", metavar="FILE", help="a chat template (Jinja) in place of the tokenizer's")
+    chat.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    chat.add_argument("--max-new-tokens", type=int, metavar="N", help="an answer's most (default: 512)")
+    chat.add_argument("--verbose", action="store_true", help="what each turn cost, on stderr")
+    _add_choice_of_tokens(chat)
+
     info = commands.add_parser(
         "info",
         help="show what is in a checkpoint",
@@ -358,6 +384,29 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     _add_model(info)
     return parser
+
+
+def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize", choices=_QUANTIZATIONS, help="store matrices as integers: half or a third of the memory"
+    )
+    parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
+    parser.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")
+    sampling = parser.add_argument_group("sampling", "Any of these but --seed implies --do-sample.")
+    sampling.add_argument(
+        "--do-sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw tokens instead of taking the likeliest (default: not)",
+    )
+    sampling.add_argument("--temperature", type=float, metavar="T", help="below 1 sharpens, above 1 flattens")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default: 50; 0: from all)")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that make up P")
+    sampling.add_argument("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best")
+    sampling.add_argument("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one)")
+
+    shaping = parser.add_argument_group("repetition")
+    shaping.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages tokens said before")
+    shaping.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="never say N tokens in a row twice")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,10 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "adapter_rank": None,
+    # An adapter's second matrix has no side of the model's width.
+    "q_heads_of_adapter": ("tensor", *STORAGE_AXES),
+    "kv_heads_of_adapter": ("tensor", *STORAGE_AXES),
+    "mlp_of_adapter": ("tensor", *STORAGE_AXES),
     "labels": None,
     "conv": None,
     "norm": None,
@@ -74,20 +78,26 @@ def make_mesh(axes: str | Mesh, devices: Sequence[jax.Device] | None = None) -> 
         _check_axis_names(axes)
         return Mesh(axes.devices, axes.axis_names, axis_types=(AxisType.Auto,) * len(axes.axis_names))
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    if axes.strip() == "auto":
-        sizes["fsdp"] = len(devices)
-    else:
-        sizes |= _parse_axes(axes)
-    if math.prod(sizes.values()) != len(devices):
-        product = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1"
-        raise ValueError(
-            f"mesh {axes!r} is for {math.prod(sizes.values())} devices ({product}), and there are {len(devices)}; make "
-            f'the sizes multiply to {len(devices)}, or use "auto".'
-        )
+    sizes = mesh_sizes(axes, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
+
+
+def mesh_sizes(axes: str, count: int) -> dict[str, int]:
+    """The sizes of all `MESH_AXES` that `axes` means for `count` devices; errors as of `make_mesh`."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    if axes.strip() == "auto":
+        sizes["fsdp"] = count
+    else:
+        sizes |= _parse_axes(axes)
+    if math.prod(sizes.values()) != count:
+        product = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1"
+        raise ValueError(
+            f"mesh {axes!r} is for {math.prod(sizes.values())} devices ({product}), and there are {count}; make "
+            f'the sizes multiply to {count}, or use "auto".'
+        )
+    return sizes
 
 
 def _parse_axes(axes: str) -> dict[str, int]:
@@ -136,6 +146,9 @@ def check_mesh(config: Zamba2Config, mesh: Mesh, *, batch_size: int | None = Non
         divide("q_heads", config.num_attention_heads, "num_attention_heads")
         divide("kv_heads", config.num_key_value_heads, "num_key_value_heads")
         divide("mlp", config.intermediate_size, "intermediate_size")
+        if config.use_shared_attention_adapter:
+            divide("q_heads_of_adapter", config.attention_hidden_size, "the width of attention")
+        divide("mlp_of_adapter", config.intermediate_size, "intermediate_size")
     divide("vocab", config.vocab_size, "vocab_size")
     divide("embed", config.hidden_size, "hidden_size")
     if batch_size is not None:
@@ -226,7 +239,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     sizes = automatic_axes()
     if all(size == 1 for size in sizes.values()):
         return x
-    return jax.lax.with_sharding_constraint(x, _spec_in_use(x, axes, sizes))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec_in_use(x.shape, axes)))
 
 
 def constrain_whole(tree: Any) -> Any:
@@ -237,17 +250,30 @@ def constrain_whole(tree: Any) -> Any:
 def constrain_gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
     """The same for a parameter, or a cast of one, about to be used: whole along the axes that it is stored in parts
     of."""
-    sizes = {axis: size for axis, size in automatic_axes().items() if axis not in STORAGE_AXES}
-    if len(sizes) == len(automatic_axes()) or stored_whole():
+    if stored_whole():
         return weight
-    return jax.lax.with_sharding_constraint(weight, _spec_in_use(weight, axes, sizes))
+    stored = spec_in_use(weight.shape, axes)
+    whole = (tuple(axis for axis in entry if axis not in STORAGE_AXES) for entry in stored)
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*whole))
+
+
+def storage_axes() -> tuple[str, ...]:
+    """The axes of the mesh in use over which parameters are stored in parts."""
+    sizes = automatic_axes()
+    return tuple(axis for axis in STORAGE_AXES if sizes.get(axis, 1) > 1)
 
 
 def stored_whole() -> bool:
     """Whether on the mesh in use every device has all of a parameter, or all of its part by heads, widths and
     vocabulary."""
-    sizes = automatic_axes()
-    return all(sizes.get(axis, 1) == 1 for axis in STORAGE_AXES)
+    return not storage_axes()
+
+
+def spec_in_use(shape: Sequence[int], axes: Sequence[str | None]) -> list[tuple[str, ...]]:
+    """For each dimension of an array, the axes of the mesh in use that split it: those of its logical axis, as far as
+    they divide it and are larger than 1."""
+    sizes = {axis: size for axis, size in automatic_axes().items() if size > 1}
+    return [dividing(_mesh_axes(name), sizes, size) or () for size, name in zip(shape, axes, strict=True)]
 
 
 def length_axis(length: int) -> str | None:
@@ -303,11 +329,6 @@ def dividing(axes: Iterable[str], sizes: Mapping[str, int], length: int) -> tupl
             chosen.append(axis)
             product *= sizes[axis]
     return tuple(chosen) or None
-
-
-def _spec_in_use(x: jax.Array, axes: tuple[str | None, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    entries = (dividing(_mesh_axes(name), sizes, size) for size, name in zip(x.shape, axes, strict=True))
-    return PartitionSpec(*(_entry(entry or ()) for entry in entries))
 
 
 def _mesh_axes(logical: str | None) -> tuple[str, ...]:

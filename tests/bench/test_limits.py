@@ -64,7 +64,8 @@ def test_what_has_another_limit_or_none():
     assert load["seconds"] == pytest.approx(config.num_parameters() * 4 / 50e9)
     assert limit(Case("first-token", "first-token", "small", 1, 128), config, "float32", RATES) is None
     remat, plain = (
-        limit(Case("train", "train", "small", 1, 256, remat=remat), config, "float32", RATES) for remat in (True, False)
+        limit(Case("train", "train", "small", 1, 256, remat=policy), config, "float32", RATES)
+        for policy in ("layer", None)
     )
     assert remat == plain
     with pytest.raises(ValueError, match="no work is known for the kind 'dance'"):

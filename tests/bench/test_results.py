@@ -119,6 +119,13 @@ def test_a_section_of_compiled_programs(tmp_path):
         results.read(path)
 
 
+def test_cases_that_a_run_did_not_come_to_are_left_out(run):
+    skipped = {"status": "skipped", "reason": "the run's deadline had passed"}
+    run["cases"][0].update(ours=skipped, peer=skipped, ratio=None)
+    assert "SSD 4 x 1024" not in table.section(run, "bench/results/example.json")
+    assert "decode at 2048" in table.section(run, "bench/results/example.json")
+
+
 def test_a_terminal_sees_errors_in_full(run):
     text = table.text(run)
     assert "prefill 8 x 2048 (1.2b), peer: out of memory" in text

@@ -106,3 +106,11 @@ def test_paths_are_no_hub_ids(name, monkeypatch):
         for find in (find_checkpoint, Zamba2Config.from_pretrained):
             with pytest.raises(FileNotFoundError, match="hub id such as Zyphra"):
                 find(name)
+
+
+def test_the_shipped_model_has_a_name_that_a_directory_takes_over(tmp_path, monkeypatch):
+    assert find_checkpoint("demo") == zamba2_jax.demo_path()
+    assert Zamba2Config.from_pretrained("demo").num_hidden_layers == 10
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert find_checkpoint("demo").resolve() == tmp_path / "demo"

@@ -139,7 +139,16 @@ def test_what_the_models_own_config_asks_in_vain_is_warned_of_once():
         ({"prefill_chunk": 0}, "prefill_chunk must be an integer of at least 1, got 0"),
         ({"seed": -1}, "seed must be an integer from 0 to"),
         ({"max_tokens": 5}, "max_tokens in the arguments of generate is not an option of generate; known are"),
-        ({"stop_strings": ["."]}, r"stop_strings=\['.'\] in the arguments of generate is not supported; leave it out"),
+        (
+            {"bad_words_ids": [[5]]},
+            r"bad_words_ids=\[\[5\]\] in the arguments of generate is not supported; leave it out",
+        ),
+        (
+            {"stop_strings": ["a", ""]},
+            r"stop_strings must be a text or a list of them, none of them empty, got \['a', ''\]",
+        ),
+        ({"stop_strings": 5}, "stop_strings must be a text or a list of them, none of them empty, got 5"),
+        ({"stop_strings": "a", "num_beams": 2}, "stop_strings='a' do not go with beam search, got num_beams=2"),
         ({"use_cache": False}, "use_cache=False in the arguments of generate is not supported"),
         ({"generation_config": {"typical_p": 0.9}}, "typical_p=0.9 in generation_config is not supported"),
         ({"generation_config": {"max_tokens": None}}, "max_tokens in generation_config is not an option of generate"),

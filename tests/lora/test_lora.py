@@ -214,7 +214,7 @@ class TestPlaces:
 
 
 class TestComputation:
-    @pytest.mark.parametrize("shared", ["block", "use"])
+    @pytest.mark.parametrize("shared", ["use", pytest.param("block", marks=pytest.mark.slow)])
     def test_every_way_to_run_the_layers_gives_the_same(self, shared):
         """Scanned and recomputed, with dropout: a key that fell on another layer would show."""
         targets = ["in_proj", "out_proj", "q_proj", "down_proj", "gate_up_adapter"]

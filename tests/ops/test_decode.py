@@ -9,7 +9,7 @@ import pytest
 from zamba2_jax.layers.rope import rotate, rotation
 from zamba2_jax.ops.attention import attention
 from zamba2_jax.ops.conv import causal_conv_step
-from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu
+from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention, in_blocks
 from zamba2_jax.ops.decode.strips_gpu import Tiling
 from zamba2_jax.ops.ssd import ssd_step, time_step
@@ -130,6 +130,37 @@ def test_mamba_projections(rows, bias, limit, masked):
         np.testing.assert_allclose(result, expected, **CLOSE)
 
 
+@pytest.mark.parametrize(("bias", "limit", "masked"), [(True, None, False), (False, (0.3, 0.9), True)])
+def test_conv_step(bias, limit, masked):
+    rows, inner, both, heads, taps = 3, 300, 24, 5, 4
+    zx, bc, dt, dt_bias = draw(0, rows, 2 * inner), draw(1, rows, both), draw(2, rows, heads), draw(3, heads)
+    conv_x, conv_bc = ((draw(n, taps, w), draw(n + 1, w) if bias else None) for n, w in ((5, inner), (7, both)))
+    window_x, window_bc = draw(9, rows, taps - 1, inner), draw(10, rows, taps - 1, both)
+    keep = jnp.asarray([True, False, True]) if masked else None
+    results = window_gpu.conv_step(
+        zx,
+        bc,
+        dt,
+        conv_x,
+        conv_bc,
+        window_x,
+        window_bc,
+        dt_bias,
+        None if keep is None else keep.astype(jnp.int32),
+        offset=inner,
+        limit=limit,
+        interpret=INTERPRET,
+    )
+    new_x, next_x = causal_conv_step(zx[:, inner:], window_x, *conv_x, activation="silu")
+    new_bc, next_bc = causal_conv_step(bc, window_bc, *conv_bc, activation="silu")
+    if masked:
+        next_x = jnp.where(keep[:, None, None], next_x, window_x)
+        next_bc = jnp.where(keep[:, None, None], next_bc, window_bc)
+    step = time_step(dt, dt_bias, limit=limit, mask=keep)
+    for result, expected in zip(results, (new_x, new_bc, step, next_x, next_bc), strict=True):
+        np.testing.assert_allclose(result, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_state_step(groups, dtype):
@@ -144,6 +175,10 @@ def test_state_step(groups, dtype):
     B, C = bc.reshape(rows, 2, groups, size).swapaxes(0, 1)
     y, expected = ssd_step(state, x.reshape(rows, heads, headdim), dt, -jnp.exp(a_log), B, C, skip)
     np.testing.assert_allclose(gated, y.reshape(x.shape) * jax.nn.silu(z), **CLOSE)
+    plain, _ = state_gpu.state_step(
+        state, x, None, bc, dt, a_log, skip, groups=groups, rows_per_program=8, warps=1, interpret=INTERPRET
+    )
+    np.testing.assert_allclose(plain, y.reshape(x.shape), **CLOSE)
     assert new.dtype == dtype
     # A bfloat16 state is rounded once, when it is stored.
     np.testing.assert_allclose(
@@ -292,6 +327,15 @@ class TestLoweringForCuda:
             ((rows, 1152), jnp.bool_),
             ((), jnp.int32),
         )
+
+    def test_conv_step(self):
+        half = self.HALF
+        shapes = [(8, 8192), (8, 256), (8, 64), (4, 4096), (4096,), (4, 256), (256,), (8, 3, 4096), (8, 3, 256), (64,)]
+
+        def function(x, bc, dt, kx, bx, kbc, bbc, *rest):
+            return window_gpu.conv_step(x, bc, dt, (kx, bx), (kbc, bbc), *rest, None, offset=4096, limit=None)
+
+        self.lower(function, *((shape, half) for shape in shapes))
 
     def test_state_step(self):
         half, single = self.HALF, self.SINGLE

@@ -166,11 +166,13 @@ class TestChoice:
             assert self.chosen(monkeypatch, kind, 9.0, dtype=np.float16) is None
             assert self.chosen(monkeypatch, kind, 9.0, state=300) is None
 
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU or TPU")
     def test_default_on_cpu_is_chunked(self):
         arguments = inputs(13)
         for default, named in zip(ssd(**arguments), ssd(**arguments, implementation="chunked"), strict=True):
             np.testing.assert_array_equal(default, named)
 
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU or TPU")
     @pytest.mark.parametrize(("name", "kind"), [("pallas_gpu", "GPU"), ("pallas_tpu", "TPU")])
     def test_named_kernel_elsewhere(self, name, kind):
         with pytest.raises(

@@ -72,6 +72,9 @@ check({"data": 2, "tensor": 4}, (2, 13, 8, 2, 3, 2), (1, 2, 1), resets=False)
 # What does not divide is left out, as is an axis that has no part in this.
 check({"data": 3, "fsdp": 2}, (4, 13, 6, 2, 3, 2), (2, 6, 2))
 check({"tensor": 3, "sequence": 2}, (2, 13, 6, 2, 3, 2), (2, 6, 2))
+# Tokens of a row: states travel, the first one and the last one too.
+check({"sequence": 4}, (2, 16, 6, 2, 3, 2), (2, 6, 2))
+check({"data": 2, "tensor": 2, "sequence": 2}, (2, 14, 6, 2, 3, 1), (1, 3, 1), resets=False)
 # Within somebody else's shard_map: the rows are a device's own, the heads are still to be split.
 mesh = mesh_of(data=2, tensor=2)
 x, dt, A, B, C, D, state = arguments = arguments_of(2, 13, 4, 2, 3, 1)
@@ -91,14 +94,15 @@ assert_same(actual, chunked.ssd(*arguments, jnp.zeros((2, 13), bool), chunk_size
 """
 
 _KERNEL = """
-arguments = arguments_of(2, 21, 4, 5, 7, 1)
-ids = np.sort(np.random.default_rng(8).integers(0, 4, (2, 21)), axis=1)
+arguments = arguments_of(2, 22, 4, 5, 7, 1)
+ids = np.sort(np.random.default_rng(8).integers(0, 4, (2, 22)), axis=1)
+ids[0] = np.arange(22) // 11  # changes where a device's part ends
 
 def run(x, dt, A, B, C, D, state):
     return ssd(x, dt, A, B, C, D, initial_state=state, segment_ids=ids, implementation=IMPLEMENTATION, interpret=True)
 
 wanted = with_gradients(run, arguments)
-with jax.set_mesh(mesh_of(data=2, tensor=2)):
+with jax.set_mesh(mesh_of(data=2, tensor=2, sequence=2)):
     assert "shard_map" in str(jax.make_jaxpr(run)(*arguments))
     actual = with_gradients(run, arguments)
 assert_same(actual, wanted)

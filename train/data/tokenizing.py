@@ -25,7 +25,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     target: str | Path,
     *,
-    vocab_size: int,
+    vocab_size: int | None = None,
     text_field: str = "text",
     format: str | None = None,
     progress: bool | None = None,
@@ -35,7 +35,8 @@ def tokenize(
 
     Args:
         target: a new file, named .array_record.
-        sources, tokenizer, vocab_size, text_field, format, progress: as for `open_data`; no weights.
+        vocab_size: of a model that it must do for; default: as many as the tokenizer has.
+        sources, tokenizer, text_field, format, progress: as for `open_data`; no weights.
 
     Returns:
         The number of documents.
@@ -48,6 +49,8 @@ def tokenize(
         raise ValueError(f"{target} exists; give a new file.")
     if SUFFIXES.get(target.suffix) != "array_record":
         raise ValueError(f"{target} must end in .array_record, so that its kind is known when it is read.")
+    if vocab_size is None:
+        vocab_size = largest_id(tokenizer) + 1
     check_tokenizer(tokenizer, vocab_size)
     found = find_sources(sources)
     for source in found:

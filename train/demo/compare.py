@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.demo.ngram import NGramModel
 from zamba2_jax import Zamba2ForCausalLM
+from zamba2_jax.checkpoint.files import find_checkpoint
 from zamba2_jax.ops.losses import linear_causal_lm_loss
 
 ROWS = 16
@@ -74,9 +75,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024, help="tokens of context (default: %(default)s)")
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    directory = find_checkpoint(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     train, heldout = (read_documents(arguments.corpus / f"{side}.jsonl", tokenizer) for side in ("train", "heldout"))
-    model = Zamba2ForCausalLM.from_pretrained(arguments.model, dtype="float32")
+    model = Zamba2ForCausalLM.from_pretrained(directory, dtype="float32")
     loss, count = model_loss(model, heldout, arguments.window)
     other, other_count = ngram_loss(train, heldout, len(tokenizer))
     assert count == other_count, (count, other_count)

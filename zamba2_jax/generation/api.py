@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,7 @@ from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.generation import beam, options, processors, programs, prompt
 from zamba2_jax.generation.options import UNSET, Options
 from zamba2_jax.generation.prompt import Prefill, PromptBatch
+from zamba2_jax.generation.stop_strings import StopStrings, stop_strings_of
 from zamba2_jax.outputs import ModelOutput
 
 # Without a stream_block, tokens are fetched as often as the eye notices.
@@ -31,8 +32,8 @@ class GenerateOutput(ModelOutput):
         sequences: (r, l + new) int32, r = batch * num_return_sequences.
         scores: per new token (r, v) float32, after all processors; with `output_scores`.
         logits: per new token (r, v) float32, the model's own; with `output_logits`.
-        past_key_values: the cache, which holds all of `sequences` but the last token. Pass it back with a longer
-            `input_ids`.
+        past_key_values: the cache, which holds all real tokens of each row of `sequences` but the row's last. Pass it
+            back with a longer `input_ids`.
     """
 
     sequences: np.ndarray
@@ -96,9 +97,12 @@ def generate(
     output_scores: bool | None = UNSET,
     output_logits: bool | None = UNSET,
     prefill_chunk: int | None = UNSET,
+    stop_strings: str | list[str] | None = UNSET,
+    tokenizer: Any = None,
     seed: int | None = None,
     streamer: Streamer | None = None,
     stream_block: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
     past_key_values: Zamba2Cache | None = None,
     cache_length: int | None = None,
     ssm_dtype: DTypeLike | None = None,
@@ -144,12 +148,19 @@ def generate(
             and logits are fetched after every token, which costs speed.
         prefill_chunk: columns per prefill call (transformers: `prefill_chunk_size`). None takes 128, 512 or 2048 for
             texts of up to 1024, 4096 or more tokens, and less for many rows.
+        stop_strings, tokenizer: a text or several; a row ends with the token that completes one of them, as after an
+            end-of-sequence token. The tokenizer says what tokens read as. Not for beam search.
         seed: integer in [0, 2**32). Equal seeds draw equal tokens, streaming or not. None: a fresh one from the
             operating system.
         streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompt (b, l), then
             each step's tokens (b,), as from transformers. Not for beam search.
         stream_block: tokens to compute between two deliveries. None adapts to about 20 deliveries a second.
-        past_key_values: a cache that holds the beginning of `input_ids`; only the rest is read. It stays valid.
+        should_stop: is asked after every delivery, or as often where there is no streamer; True ends all rows where
+            they are. Not for beam search.
+        past_key_values: a cache that holds the beginning of `input_ids`, which is the whole text as in transformers;
+            only the rest is read. One that was returned or loaded, or `cache.repeat(n)`; row i's first
+            `next_position[i]` real tokens are taken to be in it, wherever its padding is now. It stays valid; where it
+            is too small, a larger copy goes on.
         cache_length: slots for keys and values. None takes the smallest of 1024, 4096, 16384, … that holds the text,
             and room for padding the prompt to whole chunks: 1152, 4608, 18432, ….
         ssm_dtype: of the Mamba2 states between tokens; None is float32. bfloat16 halves what many rows read and write
@@ -186,6 +197,7 @@ def generate(
         "output_scores": output_scores,
         "output_logits": output_logits,
         "prefill_chunk": prefill_chunk,
+        "stop_strings": stop_strings,
         **others,
     }
     if inputs_embeds is not None:
@@ -203,7 +215,12 @@ def generate(
         explicit=[name for name, value in arguments.items() if value is not UNSET],
         seed=seed,
     )
-    _check_streaming(streamer, stream_block, opts)
+    _check_streaming(streamer, stream_block, should_stop, opts)
+    if opts.stop_strings and tokenizer is None:
+        raise ValueError(
+            f"stop_strings={list(opts.stop_strings)} need tokenizer=, which says what tokens read as; "
+            "stop_strings=None goes on without them."
+        )
     ssm_dtype = _check_ssm_dtype(ssm_dtype, past_key_values)
     plan = prompt.plan_prefill(
         batch,
@@ -217,6 +234,8 @@ def generate(
     with programs.on_mesh_of(weights):
         if streamer is not None:
             streamer.put(np.repeat(batch.input_ids, copies, axis=0))
+        if past_key_values is not None and plan.capacity != past_key_values.max_length:
+            past_key_values = past_key_values.resize(plan.capacity)
         logits, cache = programs.prefill(
             structure,
             weights,
@@ -231,11 +250,30 @@ def generate(
         )
         if copies > 1:
             logits, cache = programs.repeat_rows(logits, cache, copies=copies)
-        run = _run_beams if opts.num_beams > 1 else _run_rows
-        return run(structure, weights, logits, cache, batch, plan, opts, config.vocab_size, streamer, stream_block)
+        if opts.num_beams > 1:
+            return _run_beams(structure, weights, logits, cache, batch, plan, opts, config.vocab_size)
+        stops = stop_strings_of(opts.stop_strings, tokenizer, config.vocab_size) if opts.stop_strings else None
+        watch = _Watch(streamer, stream_block, should_stop)
+        return _run_rows(structure, weights, logits, cache, batch, plan, opts, config.vocab_size, stops, watch)
 
 
-def _check_streaming(streamer: Streamer | None, stream_block: int | None, opts: Options) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """Who looks on while tokens are made. Arguments of `generate`."""
+
+    streamer: Streamer | None = None
+    stream_block: int | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+def _check_streaming(
+    streamer: Streamer | None, stream_block: int | None, should_stop: Callable[[], bool] | None, opts: Options
+) -> None:
+    if should_stop is not None and opts.num_beams > 1:
+        raise ValueError(
+            f"should_stop cannot end beam search, which has no text before it is done; got num_beams={opts.num_beams}, "
+            "set it to 1."
+        )
     if streamer is not None and opts.num_beams > 1:
         raise ValueError(
             f"streamer cannot follow beam search, whose text is known only at the end; got num_beams={opts.num_beams}, "
@@ -272,8 +310,8 @@ def _run_rows(
     plan: Prefill,
     opts: Options,
     vocab_size: int,
-    streamer: Streamer | None,
-    stream_block: int | None,
+    stops: StopStrings | None,
+    watch: _Watch,
 ) -> np.ndarray | GenerateOutput:
     """Greedy decoding and sampling."""
     copies = opts.num_return_sequences
@@ -289,13 +327,27 @@ def _run_rows(
         done=np.bool_(False),
         scores=record.no_scores,
         logits=record.no_logits,
+        stop=None if stops is None else np.repeat(stops.start(_real_tokens(batch)), copies),
     )
     device_prompt = batch.device_prompt(copies)
+    # Someone who gets the cache may continue a row that ended before others.
+    hold_finished = opts.return_dict_in_generate and buffer.shape[0] > 1
 
     step = 0
-    for until in _bounds(opts.max_new_tokens, record, streamer, stream_block):
+    streamer = watch.streamer
+    for until in _bounds(opts.max_new_tokens, record, watch):
         cache, state = programs.decode(
-            structure, weights, cache, logits, state, device_prompt, knobs, np.int32(until), processors=static
+            structure,
+            weights,
+            cache,
+            logits,
+            state,
+            device_prompt,
+            knobs,
+            np.int32(until),
+            None if stops is None else stops.table,
+            processors=static,
+            hold_finished=hold_finished,
         )
         record.read(state)
         reached = int(state.step)
@@ -304,7 +356,7 @@ def _run_rows(
             for tokens in new.T:
                 streamer.put(tokens)
         step = reached
-        if bool(state.done):
+        if bool(state.done) or (watch.should_stop is not None and watch.should_stop()):
             break
     if streamer is not None:
         streamer.end()
@@ -316,6 +368,10 @@ def _run_rows(
     return GenerateOutput(sequences, record.scores, record.logits, cache)
 
 
+def _real_tokens(batch: PromptBatch) -> list[list[int]]:
+    return [tokens[real].tolist() for tokens, real in zip(batch.tokens, batch.mask, strict=True)]
+
+
 def _run_beams(
     structure: programs.Structure,
     weights: list[jax.Array],
@@ -325,8 +381,6 @@ def _run_beams(
     plan: Prefill,
     opts: Options,
     vocab_size: int,
-    streamer: None,
-    stream_block: int | None,
 ) -> np.ndarray | GenerateBeamOutput:
     """Beam search and beam sampling."""
     static, knobs = processors.split(opts, vocab_size)
@@ -337,7 +391,7 @@ def _run_beams(
     record = _Record(opts, (rows * opts.num_beams, vocab_size))
     state = beam.start(buffer, opts.num_beams, record.no_scores, record.no_logits)
     device_prompt = batch.device_prompt(opts.num_beams)
-    for until in _bounds(opts.max_new_tokens, record, streamer, stream_block):
+    for until in _bounds(opts.max_new_tokens, record, _Watch()):
         cache, state = beam.decode_beams(
             structure,
             weights,
@@ -396,12 +450,12 @@ class _Record:
             self.logits += (np.asarray(state.logits),)
 
 
-def _bounds(max_new_tokens: int, record: _Record, streamer: Streamer | None, stream_block: int | None) -> Iterator[int]:
+def _bounds(max_new_tokens: int, record: _Record, watch: _Watch) -> Iterator[int]:
     """Up to which new token to run before the host looks: to the end, unless someone wants to see tokens earlier."""
     if record.every_step:
         yield from range(1, max_new_tokens + 1)
         return
-    if streamer is None:
+    if watch.streamer is None and watch.should_stop is None:
         yield max_new_tokens
         return
     until, block = 0, 1
@@ -409,8 +463,8 @@ def _bounds(max_new_tokens: int, record: _Record, streamer: Streamer | None, str
         began = time.perf_counter()
         until = min(until + block, max_new_tokens)
         yield until
-        if stream_block is not None:
-            block = stream_block
+        if watch.stream_block is not None:
+            block = watch.stream_block
         else:
             seconds_per_token = (time.perf_counter() - began) / block
             block = int(min(max(_SECONDS_PER_BLOCK / seconds_per_token, 1), _LARGEST_BLOCK))

@@ -54,6 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     "output_scores": False,
     "output_logits": False,
     "prefill_chunk": None,
+    "stop_strings": None,
 }
 _DEFAULT_NEW_TOKENS = 20
 
@@ -94,7 +95,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "renormalize_logits": (False,),
     "sequence_bias": (),
     "speculation_type": (),
-    "stop_strings": (),
     "suppress_tokens": (),
     "token_healing": (False,),
     "top_h": (),
@@ -141,6 +141,7 @@ class Options:
         no_repeat_ngram_size: 0 for off.
         eos_token_ids: possibly empty.
         pad_token_id: what finished rows are filled with; the first end-of-sequence token where no pad token is defined.
+        stop_strings: possibly empty.
         seed: always a number; drawn from the operating system where none was given.
     """
 
@@ -163,6 +164,7 @@ class Options:
     output_scores: bool
     output_logits: bool
     prefill_chunk: int | None
+    stop_strings: tuple[str, ...]
     seed: int
 
 
@@ -271,6 +273,7 @@ def check(
         output_scores=_flag(values, "output_scores"),
         output_logits=_flag(values, "output_logits"),
         prefill_chunk=None if values["prefill_chunk"] is None else _integer(values, "prefill_chunk", minimum=1),
+        stop_strings=_stop_strings(values["stop_strings"], num_beams),
         seed=_seed(seed),
         **sampling,
     )
@@ -416,6 +419,20 @@ def _early_stopping(value: Any) -> bool | str:
     if not (isinstance(value, bool) or value == "never"):
         raise ValueError(f"early_stopping must be True, False or 'never', got {value!r}.")
     return value
+
+
+def _stop_strings(value: Any, num_beams: int) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if texts is None:
+        return ()
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop_strings must be a text or a list of them, none of them empty, got {value!r}.")
+    if texts and num_beams > 1:
+        raise ValueError(
+            f"stop_strings={value!r} do not go with beam search, got num_beams={num_beams}; set it to 1, or leave them "
+            "out and cut the result."
+        )
+    return tuple(texts)
 
 
 def _seed(seed: Any) -> int:

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int16, Int32, UInt32
 
 from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.compilation import jit_many_tokens
 from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
 from zamba2_jax.sharding import constrain, constrain_whole, generation_mesh, mesh_of
 
@@ -125,6 +126,7 @@ class Decoding:
         finished: (r,), rows that have ended.
         done: (), nothing is left to do.
         scores, logits: (r, v) of the latest step, processed and raw; None unless asked for.
+        stop: (r,), how much of a stop string each row ends with: a row of the table that `decode` gets; None without.
     """
 
     tokens: Int32[Array, "r columns"]
@@ -133,9 +135,10 @@ class Decoding:
     done: Bool[Array, ""]
     scores: Float[Array, "r v"] | None
     logits: Float[Array, "r v"] | None
+    stop: Int32[Array, " r"] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
+@functools.partial(jit_many_tokens, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
 def prefill(
     structure: Structure,
     weights: list[jax.Array],
@@ -184,7 +187,7 @@ def repeat_rows(
     return logits[rows], cache.reorder(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "processors"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("structure", "processors", "hold_finished"), donate_argnames=("cache",))
 def decode(
     structure: Structure,
     weights: list[jax.Array],
@@ -194,11 +197,16 @@ def decode(
     prompt: Prompt,
     knobs: Knobs,
     until: Int32[Array, ""],
+    stop_table: Int16[Array, "states v"] | None = None,
     *,
     processors: Processors,
+    hold_finished: bool = False,
 ) -> tuple[Zamba2Cache, Decoding]:
     """Adds tokens until `until` new ones stand or every row is finished. `logits` are the prefill's, read at step 0
     only.
+
+    A row is finished by an end-of-sequence token, or where `stop_table` (`StopStrings.table`) says so. With
+    `hold_finished` the padding of finished rows does not enter the cache.
     """
     model = structure.model(weights)
 
@@ -208,6 +216,11 @@ def decode(
         token = jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
         token = jnp.where(state.finished, knobs.pad_token_id, token)
         finished = state.finished | (token[:, None] == knobs.eos_token_ids).any(axis=-1)
+        stop = None
+        if stop_table is not None:
+            stop = stop_table[state.stop, token].astype(jnp.int32)
+            finished |= stop < 0
+            stop = jnp.maximum(stop, 0)
         return Decoding(
             tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, prompt.length + state.step)),
             step=state.step + 1,
@@ -215,6 +228,7 @@ def decode(
             done=finished.all(),
             scores=None if state.scores is None else scores,
             logits=None if state.logits is None else logits,
+            stop=stop,
         )
 
     def unfinished(carry: tuple[Zamba2Cache, Decoding]) -> Bool[Array, ""]:
@@ -224,7 +238,8 @@ def decode(
     def add_token(carry: tuple[Zamba2Cache, Decoding]) -> tuple[Zamba2Cache, Decoding]:
         cache, state = carry
         last = jax.lax.dynamic_slice_in_dim(state.tokens, prompt.length + state.step - 1, 1, axis=1)
-        logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache)
+        going_on = ~state.finished if hold_finished else None
+        logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache, going_on)
         return cache, choose(logits, state)
 
     state = where(state.step == 0, choose(logits, state), state)
@@ -233,10 +248,21 @@ def decode(
 
 
 def next_logits(
-    model: Any, last: Int32[Array, "r 1"], position: Int32[Array, " r"], cache: Zamba2Cache
+    model: Any,
+    last: Int32[Array, "r 1"],
+    position: Int32[Array, " r"],
+    cache: Zamba2Cache,
+    rows: Bool[Array, " r"] | None = None,
 ) -> tuple[Float[Array, "r v"], Zamba2Cache]:
-    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it."""
-    output = model(last, position_ids=position[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    """One recurrent step: float32 scores of the token after `last`, and the cache with `last` in it (for `rows`)."""
+    output = model(
+        last,
+        attention_mask=None if rows is None else rows[:, None],
+        position_ids=position[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return _scores(output.logits), output.past_key_values
 
 

@@ -22,6 +22,8 @@ _TEXT_FACTOR = 4
 _CHUNKS_PER_TEXT = 8
 _LARGEST_CHUNK = 2048
 _SMALLEST_CHUNK = 64
+# What is added to a cache is often a line of a conversation, for which the smallest class's chunk is far too wide.
+_LINE = 32
 # Activations of one call stay within this many tokens, whatever the number of rows.
 _TOKENS_PER_CALL = 16384
 
@@ -62,7 +64,7 @@ class Prefill:
     Attributes:
         ids, positions, mask: (b, columns); the tokens end in column chunks * chunk - 1.
         chunk, chunks: columns per call, number of calls.
-        capacity: slots of the cache.
+        capacity: slots of the cache, which a given one must be resized to.
     """
 
     ids: np.ndarray
@@ -124,7 +126,7 @@ def plan_prefill(
 
     Both depend on the text's class alone (and the chunk on the number of rows): two programs per class, prefill and
     loop. With a `cache`, each row's first `cache.next_position` real tokens are in it already and are skipped; the
-    chunk is then that of the class of the rest, because padding would fill the cache.
+    chunk is then that of the class of the rest, or smaller for a line, because padding would fill the cache.
 
     Raises:
         ValueError: too few slots; a cache of another batch or that already holds the whole prompt.
@@ -137,7 +139,10 @@ def plan_prefill(
     rows = prompt.input_ids.shape[0]
     chunk = _fixed_chunk(mask[:, prompt.length - length :], prefill_chunk)
     if chunk is None:
-        chunk = _chunk(length + max_new_tokens if cache is None else length, rows)
+        if cache is None:
+            chunk = _chunk(length + max_new_tokens, rows)
+        else:
+            chunk = _LINE if length <= _LINE else _chunk(length, rows)
     chunks = -(-length // chunk)
     capacity = _capacity(length, chunk * chunks, max_new_tokens, cache_length, cache)
 
@@ -243,7 +248,8 @@ def _chunk(tokens: int, rows: int) -> int:
 def _capacity(
     length: int, padded: int, max_new_tokens: int, cache_length: int | None, cache: Zamba2Cache | None
 ) -> int:
-    """Slots of the cache. The last new token is never fed back, so it needs none."""
+    """Slots of the cache. The last new token is never fed back, so it needs none. A given cache that is too small gets
+    the smallest class's slots that are enough, and loses those of its padding."""
     needed = padded + max_new_tokens - 1
     if cache is None:
         if cache_length is None:
@@ -259,14 +265,9 @@ def _capacity(
         raise ValueError(
             f"cache_length={cache_length} has no use with past_key_values, which has its own; leave it out."
         )
-    free = cache.max_length - int(cache.length)
-    if needed > free:
-        raise ValueError(
-            f"past_key_values has {free} of {cache.max_length} slots free, but {padded} prompt columns (a multiple of "
-            f"the prefill chunk) and {max_new_tokens} new tokens need {needed}; make it larger, or lower prefill_chunk "
-            "or max_new_tokens."
-        )
-    return cache.max_length
+    if needed <= cache.max_length - int(cache.length):
+        return cache.max_length
+    return _slots(int(np.asarray(cache.slot_mask).sum(axis=1).max()) + needed)
 
 
 def _class(tokens: int) -> int:

@@ -1,7 +1,8 @@
-"""One decoding step of whole layers in few launches, for a GPU and few rows. The plain form is the layer itself.
+"""One decoding step of whole layers in few launches, for a GPU. The plain form is the layer itself.
 
 At batch size 1 a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
-than the pass: here a mamba layer is four launches and a use of a shared block eleven.
+than the pass: here a mamba layer is four launches and a use of a shared block eleven. More rows leave the products to
+XLA; what lies between a mixer's projections and its norm is two launches then, whatever the weights are stored as.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from zamba2_jax.cache import KeyValue, MambaState
-from zamba2_jax.layers.linear import Embed, Linear
-from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu
+from zamba2_jax.layers.linear import DepthwiseConv, Embed, Linear
+from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention
 from zamba2_jax.ops.decode.obstacles import no_single_gpu
 from zamba2_jax.ops.decode.strips_gpu import Tiling
 from zamba2_jax.tokens import TokenLayout
 
 if TYPE_CHECKING:
-    from zamba2_jax.layers.mamba2 import MambaLayer
+    from zamba2_jax.layers.mamba2 import Mamba2Mixer, MambaLayer
     from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
 
 TILING = Tiling()
@@ -31,14 +32,10 @@ _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str | None:
     """Why `mamba_layer_step` cannot serve, or None where it can."""
     mixer = layer.mamba
-    config = mixer.config
-    for name, size in (("head dim", config.mamba_headdim), ("state size", config.mamba_d_state)):
-        if size & (size - 1):
-            return f"the {name} is {size}; it takes powers of two"
     if mixer.lora is not None:
         return "the mixer has a LoRA"
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
-    return _products_obstacle(weights, rows, interpret)
+    return _products_obstacle(weights, rows, interpret) or recurrence_obstacle(mixer, interpret)
 
 
 def mamba_layer_step(
@@ -55,24 +52,18 @@ def mamba_layer_step(
     rows, width = hidden.shape[0], hidden.shape[2]
     both = 2 * config.mamba_ngroups * config.mamba_d_state
     residual = hidden[:, 0]
-    keep = None if layout.token_mask is None else layout.token_mask[:, 0].astype(jnp.int32)
-
-    def convolution(conv, channels):
-        bias = None if conv.bias is None else conv.bias[...].reshape(channels)
-        return conv.kernel[...].reshape(-1, channels), bias
-
     z, x, bc, dt, window_x, window_bc = products_gpu.mamba_projections(
         residual if transformer_output is None else residual + transformer_output[:, 0],
         layer.input_layernorm.scale[...],
         mixer.zx_proj.kernel[...].reshape(width, -1),
         mixer.bc_proj.kernel[...].reshape(width, -1),
         mixer.dt_proj.kernel[...],
-        convolution(mixer.conv_x, config.mamba_intermediate_size),
-        convolution(mixer.conv_bc, both),
+        _convolution(mixer.conv_x, config.mamba_intermediate_size),
+        _convolution(mixer.conv_bc, both),
         state.conv_x,
         state.conv_bc.reshape(rows, -1, both),
         mixer.dt_bias[...],
-        keep,
+        _kept(layout),
         eps=layer.input_layernorm.eps,
         limit=config.time_step_limit,
         tiling=TILING,
@@ -99,6 +90,69 @@ def mamba_layer_step(
         interpret=interpret,
     )
     return mixed[:, None], MambaState(window_x, window_bc.reshape(state.conv_bc.shape), ssm)
+
+
+def recurrence_obstacle(mixer: Mamba2Mixer, interpret: bool = False) -> str | None:
+    """Why `recurrence_step` cannot serve, or None where it can."""
+    config = mixer.config
+    for name, size in (("head dim", config.mamba_headdim), ("state size", config.mamba_d_state)):
+        if size & (size - 1):
+            return f"the {name} is {size}; it takes powers of two"
+    return no_single_gpu(interpret, [mixer.A_log[...], mixer.conv_x.kernel[...]])
+
+
+def recurrence_step(
+    mixer: Mamba2Mixer,
+    zx: Float[Array, "b 2 inner"],
+    bc: Float[Array, "b 2 groups_state"],
+    dt: Float[Array, "b h"],
+    layout: TokenLayout,
+    state: MambaState,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b inner"], MambaState]:
+    """What lies between a mixer's projections and its norm, for one token of any number of rows: two launches.
+
+    Args:
+        zx, bc, dt: of the projections; the gate is left to the norm.
+    """
+    config = mixer.config
+    rows, inner = zx.shape[0], zx.shape[2]
+    both = bc.shape[1] * bc.shape[2]
+    x, bc, dt, window_x, window_bc = window_gpu.conv_step(
+        zx.reshape(rows, 2 * inner),
+        bc.reshape(rows, both),
+        dt,
+        _convolution(mixer.conv_x, inner),
+        _convolution(mixer.conv_bc, both),
+        state.conv_x,
+        state.conv_bc.reshape(rows, -1, both),
+        mixer.dt_bias[...],
+        _kept(layout),
+        offset=inner,
+        limit=config.time_step_limit,
+        interpret=interpret,
+    )
+    y, ssm = state_gpu.state_step(
+        state.ssm,
+        x,
+        None,
+        bc,
+        dt,
+        mixer.A_log[...],
+        mixer.D[...],
+        groups=config.mamba_ngroups,
+        interpret=interpret,
+    )
+    return y, MambaState(window_x, window_bc.reshape(state.conv_bc.shape), ssm)
+
+
+def _convolution(conv: DepthwiseConv, channels: int) -> tuple[jax.Array, jax.Array | None]:
+    bias = None if conv.bias is None else conv.bias[...].reshape(channels)
+    return conv.kernel[...].reshape(-1, channels), bias
+
+
+def _kept(layout: TokenLayout) -> jax.Array | None:
+    return None if layout.token_mask is None else layout.token_mask[:, 0].astype(jnp.int32)
 
 
 def shared_block_obstacle(

@@ -1,6 +1,5 @@
 """Parameters, and the layers that only multiply by one: Linear, Embed, Adapter."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -10,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from zamba2_jax.layers.lora import Loras, with_lora
-from zamba2_jax.sharding import constrain, constrain_gathered, stored_whole
+from zamba2_jax.ops.stored import product
+from zamba2_jax.sharding import constrain, constrain_gathered
 
 Axes = tuple[str | None, ...]
 
@@ -25,39 +25,6 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
     """Normal draws of standard deviation `std`, drawn in float32 whatever `dtype` is."""
     return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-
-
-def product(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
-    """x (..., in) times kernel (in, *out), whose dimensions carry the logical names `axes`."""
-    if stored_whole():
-        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    return _product_with_parts(x, kernel, axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_with_parts(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
-    """`product` where each device stores a part of the kernel. All gather it, here and once more on the way back: kept
-    from one to the other, the gathered kernels of all layers would be a copy of the model on every device. The kernel's
-    gradient is summed and cut in one step (reduce-scatter)."""
-    return jax.lax.dot_general(x, constrain_gathered(kernel, *axes), (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _product_forward(x, kernel, axes):
-    return _product_with_parts(x, kernel, axes), (x, kernel)
-
-
-def _product_backward(axes, residuals, cotangent):
-    # Behind the barrier, or the compiler would see the forward pass's gathering in this one and keep its result.
-    (x, kernel), cotangent = jax.lax.optimization_barrier((residuals, cotangent))
-    outer, out = x.ndim - 1, tuple(range(x.ndim - 1, cotangent.ndim))
-    whole = constrain_gathered(kernel, *axes)
-    of_x = jax.lax.dot_general(cotangent, whole, ((out, tuple(range(1, kernel.ndim))), ((), ())))
-    tokens = tuple(range(outer))
-    of_kernel = jax.lax.dot_general(x, cotangent, ((tokens, tokens), ((), ())))
-    return of_x, constrain(of_kernel, *axes)
-
-
-_product_with_parts.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -159,7 +126,9 @@ class Adapter(nnx.Module):
     ):
         options = {"std": std, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.down = Linear(in_features, rank, axes=(in_axis, "adapter_rank"), **options)
-        self.up = Linear(rank, out_features, axes=("adapter_rank", *out_axes), **options)
+        # The rank has no axis to store parts along, and out_features the one of the heads or widths: both at once.
+        stored = tuple(None if axis is None else f"{axis}_of_adapter" for axis in out_axes)
+        self.up = Linear(rank, out_features, axes=("adapter_rank", *stored), **options)
         self.lora: Loras = None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:

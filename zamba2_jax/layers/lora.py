@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from zamba2_jax.ops.stored import product
+
 # One result of a projection, or the tuple of those that are one projection in the reference.
 Results = TypeVar("Results", jax.Array, tuple[jax.Array, ...])
 
@@ -60,9 +62,12 @@ class Lora(nnx.Module):
         if self.dropout > 0 and dropout_key is not None:
             keep = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.salt), 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(self.dtype)
-        low = self.scale * _product(x, self.down[...].astype(self.dtype))
-        products = tuple(_product(low, up[...].astype(self.dtype)) for up in self.up)
+        low = self.scale * self._product(x, self.down)
+        products = tuple(self._product(low, up) for up in self.up)
         return products if len(products) > 1 else products[0]
+
+    def _product(self, x: jax.Array, matrix: nnx.LoRAParam) -> jax.Array:
+        return product(x, matrix[...].astype(self.dtype), matrix.get_metadata("out_sharding"))
 
     def deltas(self) -> list[jax.Array]:
         """scale · A B, (in, *out) in float32, for each projection: what a merged weight has more."""
@@ -84,7 +89,3 @@ def with_lora(results: Results, name: str, x: jax.Array, dropout_key: jax.Array 
 
 def _param(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.LoRAParam:
     return nnx.LoRAParam(value, out_sharding=axes, eager_sharding=False)
-
-
-def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))

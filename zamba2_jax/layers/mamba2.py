@@ -14,7 +14,7 @@ from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
-from zamba2_jax.layers.projection import projection
+from zamba2_jax.layers.projection import apart, projection, together
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.sharding import constrain
@@ -76,7 +76,9 @@ class Mamba2Mixer(nnx.Module):
         if layout.token_mask is not None:
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
-        in_proj = (self.zx_proj(hidden), self.bc_proj(hidden), self.dt_proj(hidden))
+        # One token is served best by one product of all three.
+        for_zx = hidden if hidden.shape[1] == 1 else apart(hidden)
+        in_proj = (self.zx_proj(for_zx), self.bc_proj(hidden), self.dt_proj(hidden))
         zx, bc, raw_dt = with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora)
         zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
         bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
@@ -128,9 +130,10 @@ class Mamba2Mixer(nnx.Module):
         if state is None:
             return y, None
         # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
-        return y, MambaState(
+        state = MambaState(
             window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm.astype(state.ssm.dtype)
         )
+        return together((y, state))
 
     def _step(
         self,
@@ -140,6 +143,9 @@ class Mamba2Mixer(nnx.Module):
         layout: TokenLayout,
         state: MambaState,
     ) -> tuple[Float[Array, "b 1 inner"], MambaState]:
+        if decoding.recurrence_obstacle(self) is None:
+            y, state = decoding.recurrence_step(self, zx[:, 0], bc[:, 0], raw_dt[:, 0], layout, state)
+            return y[:, None], state
         x, window_x = causal_conv_step(zx[:, 0, _X], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
         bc, window_bc = causal_conv_step(bc[:, 0], state.conv_bc, *self._conv_params(self.conv_bc), activation="silu")
         if layout.token_mask is not None:  # a masked token leaves the row as it was

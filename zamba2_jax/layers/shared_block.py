@@ -22,7 +22,7 @@ from zamba2_jax.layers.activations import ACTIVATIONS
 from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import RMSNorm
-from zamba2_jax.layers.projection import projection
+from zamba2_jax.layers.projection import apart, projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
 from zamba2_jax.ops.decode.cached_attention import cached_attention
@@ -81,10 +81,16 @@ class SharedAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
+        # Of one token, one product of all three is best, and one of the adapters'.
+        for_query = for_key = for_value = apart(x)
+        if x.shape[1] > 1:
+            for_key = apart(for_query)
+            for_value = apart(for_key)
         lora = (context.dropout_key, self.lora, use.lora)
-        query = self._heads(with_lora(self.q_proj(x), "q_proj", x, *lora), use.q_adapter, x, context, "q_heads")
-        key = self._heads(with_lora(self.k_proj(x), "k_proj", x, *lora), use.k_adapter, x, context, "kv_heads")
-        value = self._heads(with_lora(self.v_proj(x), "v_proj", x, *lora), use.v_adapter, x, context, "kv_heads")
+        query, key, value = self.q_proj(for_query), self.k_proj(for_key), self.v_proj(for_value)
+        query = self._heads(with_lora(query, "q_proj", x, *lora), use.q_adapter, x, context, "q_heads")
+        key = self._heads(with_lora(key, "k_proj", x, *lora), use.k_adapter, x, context, "kv_heads")
+        value = self._heads(with_lora(value, "v_proj", x, *lora), use.v_adapter, x, context, "kv_heads")
         if context.rotation is not None:
             query, key = rotate(query, *context.rotation), rotate(key, *context.rotation)
 
@@ -153,7 +159,7 @@ class SharedMLP(nnx.Module):
         self, x: Float[Array, "b l d"], use: SharedBlockUse, dropout_key: jax.Array | None
     ) -> Float[Array, "b l d"]:
         lora = (dropout_key, self.lora, use.lora)
-        gate_up = with_lora(self.gate_up_proj(x), "gate_up_proj", x, *lora)
+        gate_up = with_lora(self.gate_up_proj(apart(x)), "gate_up_proj", x, *lora)
         gate_up = gate_up + use.gate_up_adapter(x, dropout_key)
         gate_up = projection(constrain(gate_up, "batch", "length", None, "mlp"))
         x = ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]

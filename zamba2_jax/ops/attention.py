@@ -316,9 +316,13 @@ def _specs(query, key) -> tuple[PartitionSpec, PartitionSpec]:
     """How rows, tokens and heads (key heads with those that read them), and rows and tokens, are split on a mesh."""
     sizes = automatic_axes()
     rows = dividing(BATCH_AXES, sizes, query.shape[0])
-    heads = dividing((RULES["kv_heads"],), sizes, key.shape[2])
     tokens = length_axis(query.shape[1])
-    return PartitionSpec(rows, tokens, heads), PartitionSpec(rows, tokens)
+    return PartitionSpec(rows, tokens, _axes_of_heads(key) or None), PartitionSpec(rows, tokens)
+
+
+def _axes_of_heads(key) -> tuple[str, ...]:
+    """The mesh axes that split heads. A PartitionSpec does not tell: it takes one axis out of its tuple."""
+    return dividing((RULES["kv_heads"],), automatic_axes(), key.shape[2]) or ()
 
 
 def _causal_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
@@ -340,7 +344,7 @@ def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
     queries and all keys, with its part of the kernel's table of what to read."""
     by_head, by_token = _specs(query, key)
     tokens = length_axis(query.shape[1])
-    heads = query.shape[2] // math.prod(automatic_axes()[axis] for axis in by_head[2] or ())
+    heads = query.shape[2] // math.prod(automatic_axes()[axis] for axis in _axes_of_heads(key))
     kernel = _splash_kernel(query.shape[1], heads, length_parts(query.shape[1]))
     of_kernel = PartitionSpec()
     if tokens is not None:

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.stored import summed_outer_product
 from zamba2_jax.sharding import constrain, constrain_gathered, length_parts
 
 # Scores of one block on one device, float32: 256 MB. At v = 32000 that is 2048 tokens, enough for a matrix product to
@@ -97,7 +98,7 @@ def _run(hidden, head, labels, vocab_axis, ignore_index, columns, z_loss, *, wit
         slope = jnp.where(counts[..., None], probabilities - is_label, 0.0).astype(hidden.dtype)
         hidden_slope = _product(slope, weights, (2,), (vocab_axis,)).astype(hidden.dtype)
         pair = (slope, hidden) if vocab_axis == 0 else (hidden, slope)
-        head_slope = head_slope + constrain(_product(*pair, (0, 1), (0, 1)), *head_axes)
+        head_slope = head_slope + summed_outer_product(*pair, head_axes, jnp.float32)
         return (total, head_slope), constrain(hidden_slope, "batch", "length", None)
 
     head_slope = constrain(jnp.zeros(head.shape, jnp.float32), *head_axes) if with_gradients else None

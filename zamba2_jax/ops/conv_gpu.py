@@ -17,6 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 
 # Tokens and channels per program, and tokens whose loads are on their way together.
 TOKENS, CHANNELS, TOGETHER = 64, 512, 8
+# Fewer tokens where there are fewer programs than this, which a large card has room for.
+_PROGRAMS, _FEW_TOKENS = 264, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ def _convolve_backward(options, plain, residuals, dy):
         _, of_window = jax.vjp(lambda window: plain(own, kernel, bias, window, start, segment), window)
         [dwindow] = of_window(dy)
     if options.part is not None:
-        dx = jnp.zeros_like(x).at[:, :, options.part].set(dx)
+        # A padding, which XLA fuses with the sum of the parts' gradients; an update of zeros it would write out.
+        before, after = options.part, x.shape[2] - 1 - options.part
+        dx = jnp.pad(dx[:, :, None], ((0, 0), (0, 0), (before, after), (0, 0)))
     dkernel = dkernel.sum(axis=(0, 1)).astype(kernel.dtype)
     dbias = None if bias is None else dbias.sum(axis=(0, 1)).astype(bias.dtype)
     return dx, dkernel, dbias, dwindow, None, None
@@ -136,7 +140,7 @@ class _Tokens:
 
 
 def _prepare(x, kernel, bias, window, start, segment, options: Options):
-    """The operands by name with their blocks, the grid, and what a program reads them with."""
+    """The operands by name with their blocks, the grid, the tokens per program, and what it reads them with."""
     batch, length = x.shape[:2]
     width, channels = kernel.shape
     block = min(CHANNELS, 1 << (channels - 1).bit_length())
@@ -158,20 +162,23 @@ def _prepare(x, kernel, bias, window, start, segment, options: Options):
         "segment": (segment, of_row(length)),
     }
     operands = {name: pair for name, pair in operands.items() if pair[0] is not None}
-    grid = (pl.cdiv(channels, block), pl.cdiv(length, TOKENS), batch)
+    blocks, stretch = pl.cdiv(channels, block), TOKENS
+    if blocks * pl.cdiv(length, stretch) * batch < _PROGRAMS:
+        stretch = min(stretch, _FEW_TOKENS)
+    grid = (blocks, pl.cdiv(length, stretch), batch)
     tokens = functools.partial(_Tokens, length=length, width=width, block=block, channels=channels, offset=offset)
-    return operands, grid, tokens, of_row
+    return operands, grid, stretch, tokens, of_row
 
 
 def _forward(x, kernel, bias, window, start, segment, options: Options) -> jax.Array:
-    operands, grid, make_tokens, of_row = _prepare(x, kernel, bias, window, start, segment, options)
+    operands, grid, stretch, make_tokens, of_row = _prepare(x, kernel, bias, window, start, segment, options)
     batch, length = x.shape[:2]
     channels = kernel.shape[1]
 
     def body(*refs):
         y_ref = refs[-1]
         tokens = make_tokens(dict(zip(operands, refs, strict=False)))
-        first = pl.program_id(1) * TOKENS
+        first = pl.program_id(1) * stretch
 
         def some(step, last):
             begin = first + step * TOGETHER
@@ -184,7 +191,7 @@ def _forward(x, kernel, bias, window, start, segment, options: Options) -> jax.A
                 plgpu.store(tokens.at(y_ref, begin + ahead), y.astype(y_ref.dtype), mask=inside)
             return window[TOGETHER:]
 
-        jax.lax.fori_loop(0, TOKENS // TOGETHER, some, tokens.last(first))
+        jax.lax.fori_loop(0, stretch // TOGETHER, some, tokens.last(first))
 
     return pl.pallas_call(
         body,
@@ -200,7 +207,7 @@ def _forward(x, kernel, bias, window, start, segment, options: Options) -> jax.A
 
 def _backward(x, kernel, bias, window, start, segment, dy, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dx (b,l,c) of x.dtype; dkernel (b,blocks,k,c), dbias (b,blocks,c) float32, to be added over their first two."""
-    operands, grid, make_tokens, of_row = _prepare(x, kernel, bias, window, start, segment, options)
+    operands, grid, stretch, make_tokens, of_row = _prepare(x, kernel, bias, window, start, segment, options)
     operands["dy"] = (dy, of_row(*dy.shape[1:]))
     batch, length, channels = dy.shape
     width = kernel.shape[0]
@@ -210,7 +217,7 @@ def _backward(x, kernel, bias, window, start, segment, dy, options: Options) -> 
         named = dict(zip(operands, refs, strict=False))
         tokens = make_tokens(named)
         block = tokens.bias.shape[0]
-        first = pl.program_id(1) * TOKENS
+        first = pl.program_id(1) * stretch
 
         def advance(begin, count, last, later, sums):
             """Reads `count` tokens. `later` are the k - 1 latest gradients before the activation, with their segments,
@@ -231,7 +238,7 @@ def _backward(x, kernel, bias, window, start, segment, dy, options: Options) -> 
                     gradient *= gate * (1 + y * (1 - gate))
                 later = [*later, (gradient, present)]
                 token = begin + ahead
-                mine = jnp.where(token < first + TOKENS, gradient, 0.0)
+                mine = jnp.where(token < first + stretch, gradient, 0.0)
                 dkernel = [
                     total + mine * value * tokens.counts(other, present)
                     for total, (value, other) in zip(dkernel, reached, strict=True)
@@ -259,11 +266,11 @@ def _backward(x, kernel, bias, window, start, segment, dy, options: Options) -> 
         )
         carry = jax.lax.fori_loop(
             0,
-            TOKENS // TOGETHER,
+            stretch // TOGETHER,
             lambda step, carry: advance(first + step * TOGETHER, TOGETHER, *carry),
             carry,
         )
-        _, _, (dkernel, dbias) = advance(first + TOKENS, width - 1, *carry)
+        _, _, (dkernel, dbias) = advance(first + stretch, width - 1, *carry)
         for tap in range(width):
             _store_vector(dkernel_ref, dkernel[tap], tap)
         _store_vector(dbias_ref, dbias)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# Tokens per program of the backward pass, which adds up the scale's gradient over them.
-TOKENS = 32
+# Tokens per program of the backward pass, which adds up the scale's gradient over them, and how many of them are being
+# loaded while one is worked on.
+TOKENS, AHEAD = 32, 1
 # The longest group that a program holds in registers.
 LARGEST_GROUP = 16384
 
@@ -51,27 +52,35 @@ def _normalise_backward(options, residuals, dout):
     y, gate, scale = residuals
     dy, dgate, dscale = _backward(y, gate, scale, dout, options)
     if options.part is not None:
-        dgate = jnp.zeros_like(gate).at[:, options.part].set(dgate)
+        dgate = _of_part(dgate, options.part, gate.shape[1])
     return dy, dgate, dscale.sum(axis=0).astype(scale.dtype)
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
+def _of_part(gradient: jax.Array, part: int, parts: int) -> jax.Array:
+    """(t,e) to (t,parts,e), zero but for one part. A padding, which XLA fuses with the sum of the parts' gradients; an
+    update of zeros it would write out."""
+    return jnp.pad(gradient[:, None], ((0, 0), (part, parts - 1 - part), (0, 0)))
+
+
 class _Group:
     """One group of channels of a token: loads, stores, and the float32 values that both passes need."""
 
     def __init__(self, size: int, eps: float):
-        self._block = 1 << (size - 1).bit_length()
+        self._block = _block(size)
         self._first = pl.program_id(1) * size
         self._inside = jnp.arange(self._block) < size
         self._masked = self._block != size
         self._size, self._eps = size, eps
 
-    def load(self, ref, *row, offset: int = 0) -> jax.Array:
+    def read(self, ref, *row, offset: int = 0) -> jax.Array:
         part = ref.at[(*row, pl.ds(offset + self._first, self._block))]
-        value = plgpu.load(part, mask=self._inside, other=0) if self._masked else plgpu.load(part)
-        return value.astype(jnp.float32)
+        return plgpu.load(part, mask=self._inside, other=0) if self._masked else plgpu.load(part)
+
+    def load(self, ref, *row, offset: int = 0) -> jax.Array:
+        return self.read(ref, *row, offset=offset).astype(jnp.float32)
 
     def store(self, ref, value, *row) -> None:
         part = ref.at[(*row, pl.ds(self._first, self._block))]
@@ -88,8 +97,13 @@ def _gate_rows(y, gate, options: Options) -> tuple[jax.Array, int]:
     return gate.reshape(y.shape[0], -1), 0 if options.part is None else options.part * y.shape[1]
 
 
-def _warps(size: int) -> int:
-    return max(1, min(16, size // 512))
+def _warps(size: int, per_thread: int) -> int:
+    """So many that a thread holds `per_thread` channels of a group: a power of two, as Triton wants."""
+    return max(1, min(16, _block(size) // (32 * per_thread)))
+
+
+def _block(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _forward(y, gate, scale, options: Options) -> jax.Array:
@@ -113,7 +127,7 @@ def _forward(y, gate, scale, options: Options) -> jax.Array:
         in_specs=[row(y), row(gate), pl.BlockSpec(scale.shape, lambda t, g: (0,))],
         out_specs=row(y),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(size), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(size, 16), num_stages=1),
         interpret=options.interpret,
         name="gated_rms_norm",
     )(y, gate, scale)
@@ -130,10 +144,20 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
         group = _Group(size, options.eps)
         scale = group.load(scale_ref)
         first = pl.program_id(0) * TOKENS
+        last = jnp.minimum(first + TOKENS, tokens)
 
-        def one(token, dscale):
-            y, gate = group.load(y_ref, token), group.load(gate_ref, token, offset=offset)
-            dout = group.load(dout_ref, token)
+        def read(token):
+            token = jnp.minimum(token, last - 1)
+            return (
+                group.read(y_ref, token),
+                group.read(gate_ref, token, offset=offset),
+                group.read(dout_ref, token),
+            )
+
+        def one(token, carry):
+            dscale, under_way = carry
+            [now, *under_way] = [*under_way, read(token + AHEAD)]
+            y, gate, dout = (value.astype(jnp.float32) for value in now)
             sigmoid = jax.nn.sigmoid(gate)
             gated = y * gate * sigmoid
             inverse = group.inverse_rms(gated)
@@ -142,10 +166,11 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
             dgated = inverse * (dnormed - normed * group.mean(dnormed * normed))
             group.store(dy_ref, dgated * gate * sigmoid, token)
             group.store(dgate_ref, dgated * y * sigmoid * (1 + gate * (1 - sigmoid)), token)
-            return dscale + dout * normed.astype(dout_ref.dtype).astype(jnp.float32)
+            return dscale + dout * normed.astype(dout_ref.dtype).astype(jnp.float32), under_way
 
-        last = jnp.minimum(first + TOKENS, tokens)
-        group.store(dscale_ref, jax.lax.fori_loop(first, last, one, jnp.zeros_like(scale)))
+        start = jnp.zeros_like(scale), [read(first + ahead) for ahead in range(AHEAD)]
+        dscale, _ = jax.lax.fori_loop(first, last, one, start)
+        group.store(dscale_ref, dscale)
 
     def whole(array):
         return pl.BlockSpec(array.shape, lambda t, g: (0,) * array.ndim)
@@ -160,7 +185,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
             jax.ShapeDtypeStruct(y.shape, gate.dtype),
             jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(size), num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=_warps(size, 8), num_stages=1),
         interpret=options.interpret,
         name="gated_rms_norm_backward",
     )(y, gate, scale, dout)

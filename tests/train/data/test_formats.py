@@ -10,6 +10,7 @@ import pytest
 
 from tests.train.data.conftest import VOCAB_SIZE, make_tokenizer
 from train.data import open_data, tokenize
+from train.data.__main__ import main as tokenize_command
 
 TEXTS = [
     "the quick brown fox",
@@ -151,3 +152,15 @@ def test_masks_survive_a_file_of_token_ids(tokenizer, tmp_path):
     assert (first["labels"] == -100).any()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_the_command_writes_what_the_function_writes(files, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    output = tmp_path / "all.array_record"
+    command = ["--data", str(files["jsonl"]), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(output)]
+    assert tokenize_command(command) == 0
+    assert f"wrote {len(TEXTS)} documents to {output}" in capsys.readouterr().out
+    assert (
+        open_small(output, tokenizer, tmp_path).fingerprint
+        == open_small(files["array_record"], tokenizer, tmp_path).fingerprint
+    )

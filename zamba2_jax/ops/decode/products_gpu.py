@@ -257,7 +257,7 @@ def mamba_projections(
             is_x = program >= of_half
             first = jnp.where(is_x, program - of_half, program) * columns
             # The same number either way; but only a plain multiple tells the compiler how wide it may load.
-            of_weight = program * columns if inner % columns == 0 else first + jnp.where(is_x, inner, 0)
+            of_weight = program * columns if inner % columns == 0 else first + is_x.astype(jnp.int32) * inner
             values = projected(given["zx"], of_weight, tiling)
 
             @pl.when(program < of_half)

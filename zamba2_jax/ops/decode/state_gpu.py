@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 def state_step(
     state: jax.Array,
     x: jax.Array,
-    z: jax.Array,
+    z: jax.Array | None,
     bc: jax.Array,
     dt: jax.Array,
     A_log: jax.Array,
@@ -32,18 +32,21 @@ def state_step(
 
     Args:
       state: (b, h, p, n), floating; p and n are powers of two.
-      x, z: (b, h p). bc: (b, 2 g n), B before C. dt: (b, h) float32; where it is 0, the state stays.
+      x, z: (b, h p); z None for no gate. bc: (b, 2 g n), B before C.
+      dt: (b, h) float32; where it is 0, the state stays.
       A_log, D: (h,).
 
     Returns:
-      y · silu(z) (b, h p) in x's dtype, and the new state, in the given one's dtype; arithmetic in float32.
+      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state in the given one's dtype. Arithmetic is
+      in float32.
     """
     batch, heads, headdim, size = state.shape
     if rows_per_program is None:
         rows_per_program, warps = (16, 2) if batch == 1 else (32, 4)
     block = min(rows_per_program, headdim)
 
-    def mamba_state_step(state_in, x_in, z_in, bc_in, dt_in, a_in, d_in, gated_out, state_out):
+    def mamba_state_step(state_in, x_in, bc_in, dt_in, a_in, d_in, *refs):
+        *z_in, gated_out, state_out = refs
         row, head = pl.program_id(0), pl.program_id(1)
         first = pl.program_id(2) * block
         group = head // (heads // groups)
@@ -55,13 +58,15 @@ def state_step(
         value = plgpu.load(x_in.at[row, inner]).astype(jnp.float32)
         key = plgpu.load(bc_in.at[row, pl.ds(group * size, size)]).astype(jnp.float32)
         query = plgpu.load(bc_in.at[row, pl.ds((groups + group) * size, size)]).astype(jnp.float32)
-        gate = plgpu.load(z_in.at[row, inner]).astype(jnp.float32)
         new = decay * old + (step * value)[:, None] * key[None, :]
         y = (new * query[None, :]).sum(axis=1) + plgpu.load(d_in.at[head]) * value
         plgpu.store(state_out.at[row, head, pl.ds(first, block), :], new.astype(state_out.dtype))
-        plgpu.store(gated_out.at[row, inner], (y * gate * jax.nn.sigmoid(gate)).astype(gated_out.dtype))
+        for ref in z_in:
+            gate = plgpu.load(ref.at[row, inner]).astype(jnp.float32)
+            y = y * gate * jax.nn.sigmoid(gate)
+        plgpu.store(gated_out.at[row, inner], y.astype(gated_out.dtype))
 
-    operands = (state, x, z, bc, dt, A_log, D)
+    operands = (state, x, bc, dt, A_log, D, *(() if z is None else (z,)))
     outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype))
     gated, state = pl.pallas_call(
         mamba_state_step,
