@@ -166,7 +166,7 @@ class TestLoss:
         # Adam's first moment after one step is a tenth of the gradient.
         moments, other_moments = (found.optimizer[1].mu for found in (state, other))
         for name, wanted in moments.items():
-            np.testing.assert_allclose(other_moments[name], wanted, atol=4e-6 * float(jnp.abs(wanted).max()))
+            np.testing.assert_allclose(other_moments[name], wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
 
     def test_z_loss_is_added(self, models):
         batch = make_batch(models.jax.config.vocab_size)
