@@ -44,7 +44,7 @@ def test_what_is_no_slice(name, message):
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="libtpu, is not installed here.*pip install libtpu"):
+    with pytest.raises(ImportError, match=r"libtpu, is not installed here.*pip install libtpu"):
         tpu_slices.check_compiler()
 
 
@@ -56,5 +56,5 @@ def test_another_process_has_the_compiler(monkeypatch):
 
     monkeypatch.setattr(tpu_slices, "check_compiler", lambda: None)
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-    with pytest.raises(tpu_slices.CompilerBusyError, match="another process uses libtpu.*wait for it.*lockfile"):
+    with pytest.raises(tpu_slices.CompilerBusyError, match=r"another process uses libtpu.*wait for it.*lockfile"):
         tpu_slices.devices("v5e:2x2")

@@ -336,9 +336,8 @@ def _tpu_lines(options: PlanOptions, result: Mapping[str, Any], usable: float, f
     if result["status"] == "ok":
         lines.append("collectives a step, and what a chip receives in them:")
         for kind in result["collectives"]:
-            lines.append(
-                f"  {kind['kind']:20s}{kind['count']:5d} in the program, run {kind['runs']:5d} times{_gb(kind['bytes']):>12s}"
-            )
+            counts = f"{kind['count']:5d} in the program, run {kind['runs']:5d} times"
+            lines.append(f"  {kind['kind']:20s}{counts}{_gb(kind['bytes']):>12s}")
         if not result["collectives"]:
             lines.append("  none")
         if result["unread_loops"]:
@@ -365,8 +364,8 @@ def _head(options: PlanOptions, result: Mapping[str, Any]) -> list[str]:
 def _bound_lines(result: Mapping[str, Any]) -> list[str]:
     return [
         f"operations a chip and step: {result['operations'] / 1e12:.2f}e12, recomputation not counted; at the peak of "
-        f"{result['peak_operations'] / 1e12:.0f}e12 a second they take {result['bound_seconds'] * 1e3:.0f} ms: a bound, "
-        "not a forecast"
+        f"{result['peak_operations'] / 1e12:.0f}e12 a second they take {result['bound_seconds'] * 1e3:.0f} ms: a "
+        "bound, not a forecast"
     ]
 
 

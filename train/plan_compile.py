@@ -34,8 +34,8 @@ def compile_step(options: PlanOptions) -> dict[str, Any]:
     """Compiles it.
 
     Returns:
-        "status": "ok", "does not fit" or "error"; "seconds" of tracing and compiling; "usable_bytes" of a chip, or None;
-        "bytes" per chip that the program needs; "kinds" of them; "kernels", "collectives" (a list of dicts),
+        "status": "ok", "does not fit" or "error"; "seconds" of tracing and compiling; "usable_bytes" of a chip, or
+        None; "bytes" per chip that the program needs; "kinds" of them; "kernels", "collectives" (a list of dicts),
         "unread_loops"; "error": the compiler's words.
     """
     chips = devices(parse_slice(options.topology).topology)

@@ -101,13 +101,15 @@ def test_memory_that_is_no_line():
         return size <= 200, size
 
     found = largest_batch(measure, 8, 4, 200, 8)
-    assert found.fits == 84 and found.too_large == 88
+    assert found.fits == 84
+    assert found.too_large == 88
 
 
 def test_nothing_fits():
     log = []
     found = largest_batch(line(3.0, 500.0, 200.0, log), 16, 8, 200.0, 5)
-    assert found.fits is None and found.too_large == 8
+    assert found.fits is None
+    assert found.too_large == 8
     assert "no batch that was tried fits, down to 8 rows" in plan._batch_lines(found, "x")[0]
 
 
@@ -143,7 +145,8 @@ def test_what_is_printed(compiler, small, capsys, tmp_path):
     text = capsys.readouterr().out
     assert "fits: 3.00 GB a chip of 16.91 GB usable (16 GB HBM); compiled in 61 s" in text
     assert "(4 chips; fsdp=4): 8 x 256 tokens a step" in text
-    assert "activations and the rest" in text and "2.70 GB" in text
+    assert "activations and the rest" in text
+    assert "2.70 GB" in text
     assert "all-gather              4 in the program, run    12 times     3.00 GB" in text
     assert "a bound, not a forecast" in text
     assert "fused kernels: 2 ssd_forward" in text
@@ -263,8 +266,10 @@ def test_the_estimate_is_marked_and_finds_a_batch(capsys):
     command = ["--model", "1.2b", "--topology", "h100:8", "--batch-size", "8", "--seq-len", "4096"]
     assert plan.main([*command, "--gradient-checkpointing", "layer"]) == 0
     text = capsys.readouterr().out
-    assert "should fit" in text and "an ESTIMATE by formula" in text
-    assert "by the same estimate at most" in text and "only a run will tell" in text
+    assert "should fit" in text
+    assert "an ESTIMATE by formula" in text
+    assert "by the same estimate at most" in text
+    assert "only a run will tell" in text
     assert plan.main([*command, "--topology", "l4:1", "--no-search"]) == 1
     assert "SHOULD NOT FIT" in capsys.readouterr().out
 
@@ -339,6 +344,9 @@ def test_a_real_compilation(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "fits: " in done.stdout and "16.91 GB usable" in done.stdout
-    assert "ssd_forward" in done.stdout and "splash" in done.stdout
-    assert "all-gather" in done.stdout and "reduce-scatter" in done.stdout
+    assert "fits: " in done.stdout
+    assert "16.91 GB usable" in done.stdout
+    assert "ssd_forward" in done.stdout
+    assert "splash" in done.stdout
+    assert "all-gather" in done.stdout
+    assert "reduce-scatter" in done.stdout
