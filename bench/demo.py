@@ -31,8 +31,8 @@ from zamba2_jax.hub import DEMO
 OUTPUT = Path("demo-output")
 # Of the shipped model, which has read nothing but the source of Python's standard library.
 PROMPTS = (
-    "import os\nimport sys\n\ndef main():\n",
-    "class TestList(unittest.TestCase):\n\n    def setUp(self):\n",
+    "import os\nimport sys\n\n\ndef main():",
+    "class TestList(unittest.TestCase):\n\n    def setUp(self):",
     'def read_lines(path):\n    """Return the lines of a file.',
 )
 PROSE = ("What factors contributed to the fall of the Roman Empire?",)
