@@ -110,16 +110,21 @@ def on_mesh(spec, graph, state, batch, dropout=False):
         return {name: step(state, jax.device_put(one, batch_sharding(mesh))) for name, one in batch.items()}
 
 
+def errors(gradient, wanted):
+    """|g - g'| / |g'| of each parameter, by path."""
+    found = {}
+    for (path, ours), (_, theirs) in zip(nnx.to_flat_state(gradient), nnx.to_flat_state(wanted), strict=True):
+        ours, theirs = np.asarray(ours[...], np.float64), np.asarray(theirs[...], np.float64)
+        assert np.linalg.norm(theirs) > 0, path
+        found[path] = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    return found
+
+
 def assert_same(actual, wanted):
     for name, (loss, gradient) in actual.items():
-        wanted_loss, wanted_gradient = wanted[name]
-        np.testing.assert_allclose(loss, wanted_loss, rtol=TOLERANCE, err_msg=name)
-        for (path, ours), (_, theirs) in zip(
-            nnx.to_flat_state(gradient), nnx.to_flat_state(wanted_gradient), strict=True
-        ):
-            ours, theirs = np.asarray(ours[...], np.float64), np.asarray(theirs[...], np.float64)
-            assert np.linalg.norm(theirs) > 0, path
-            assert np.linalg.norm(ours - theirs) <= TOLERANCE * np.linalg.norm(theirs), (name, path)
+        np.testing.assert_allclose(loss, wanted[name][0], rtol=TOLERANCE, err_msg=name)
+        for path, error in errors(gradient, wanted[name][1]).items():
+            assert error <= TOLERANCE, (name, path)
 
 
 class TestLossAndGradients:
@@ -135,7 +140,8 @@ class TestLossAndGradients:
         packed = {"packed": batches()["packed"]}
         dropped = on_mesh(MIXED, *make_model(), packed, dropout=True)
         assert_same(dropped, on_one_device(dropout=True))
-        assert abs(dropped["packed"][0] - on_one_device()["packed"][0]) > 1e-4  # some was dropped
+        # Some was dropped: the loss of this small model hardly shows it, the gradients of attention do.
+        assert max(errors(dropped["packed"][1], on_one_device()["packed"][1]).values()) > 0.1
 
     def test_without_masks(self):
         batch = {"plain": {name: batches()["packed"][name] for name in ("input_ids", "labels")}}

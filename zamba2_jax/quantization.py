@@ -51,8 +51,8 @@ def check_quantize(quantize: str | None) -> None:
 def quantize(model: Model, quantize: str) -> Model:
     """A model whose matrices are integers of 8 or 4 bits, for inference.
 
-    The given model stays as it is, and what is not quantised is shared with it. To load a large checkpoint use
-    `from_pretrained(..., quantize=...)`, which never holds the whole of it in full precision.
+    The given model stays as it is; the arrays of what is not quantised are shared with it. To load a large checkpoint
+    use `from_pretrained(..., quantize=...)`, which never holds the whole of it in full precision.
 
     Args:
         model: a Zamba2Model, Zamba2ForCausalLM or Zamba2ForSequenceClassification, on any devices.
@@ -67,7 +67,7 @@ def quantize(model: Model, quantize: str) -> Model:
     present = quantization(model)
     if present is not None:
         raise ValueError(f"the model is quantized to {present} already; quantize the one that it was made from.")
-    result = nnx.merge(*nnx.split(model))
+    result = nnx.clone(model)  # its variables are its own, their arrays are not copied
     result.generation_config = copy.deepcopy(model.generation_config)
     for path, bits in quantized_modules(model, quantize).items():
         parent = result

@@ -23,8 +23,9 @@ def ids(models, length=21):
 
 
 def own_model(models):
-    """A model of ours to put LoRAs into: the pair's is shared by all tests."""
-    return nnx.merge(*nnx.split(models.jax))
+    """A model of ours to put LoRAs into and to merge them: the pair's is shared by all tests, and nnx.merge would share
+    its variables."""
+    return nnx.clone(models.jax)
 
 
 def torch_adapter(models, **config):
