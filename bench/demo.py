@@ -91,7 +91,7 @@ def check(name: str, source: Path, prompts: tuple[str, ...], new_tokens: int) ->
     heading("Check it against PyTorch", f"python -m convert verify {name} {converted}")
     print(run_convert("verify", str(source), str(converted), "--no-progress"), end="")
 
-    heading("Continue the prompts with both, greedily, float32")
+    heading("Continue the prompts with both, greedily, float32, PyTorch's time-step clamp lifted")
     agree = generate_with_both(source, converted, prompts, new_tokens)
 
     heading("What to type next")

@@ -3,7 +3,8 @@
 No TPU is needed, libtpu is (pip install libtpu), and one process at a time may use it. Each program is compiled in a
 process of its own (`bench.tpu_compile`), for one chip or, where one cannot hold it, for the smallest slice that can,
 parameters split over its chips by `zamba2_jax.sharding.RULES` ("fsdp"). The training step is loss and gradient,
-rematerialised, float32 parameters; no optimiser, whose state would come on top.
+rematerialised and with one body compiled for all equal layers, as the presets of `train` do, float32 parameters; no
+optimiser, whose state would come on top.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PROGRAMS = {
     "decode": "one step, one row, 4096 cache slots, bfloat16",
     "decode-int8": "the same with int8 weights",
     "prefill": "one row of 2048 tokens into a cache, bfloat16",
-    "train": "loss and gradient, 4096 tokens per chip, rematerialised",
+    "train": "loss and gradient, 4096 tokens per chip, rematerialised, equal layers scanned",
 }
 SLICES = (1, 2, 4, 8, 16)
 

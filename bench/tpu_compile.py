@@ -42,6 +42,7 @@ def compile_program(size: str, program: str, mesh: Mesh, hbm: float) -> dict[str
     model = nnx.eval_shape(lambda: _model(size, program, rngs))
     if training:
         model.gradient_checkpointing_enable()
+        model.scan_layers_enable()
     graph, state = nnx.split(model)
     state = _on_mesh(state, model, mesh)
 

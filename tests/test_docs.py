@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -66,7 +65,7 @@ SMALLER = (
 
 # (page, reason) of every block that is not run: a new one is a line here, for a reviewer to see.
 NOT_RUN = {
-    ("README.md", "needs your own data, and libtpu's compiler"),
+    ("README.md", "needs your own data"),
     ("CONTRIBUTING.md", "needs the device that is measured"),
     ("docs/generating.md", "fetches a task's data from the hub"),
     ("docs/performance.md", "minutes on an accelerator, hours for every size"),
@@ -84,16 +83,6 @@ NOT_SHOWN = {
 
 # Variables that are read before JAX's own settings are: by XLA's allocator.
 VARIABLES = ("XLA_PYTHON_CLIENT_PREALLOCATE",)
-
-# What the README's snippets take as given.
-GIVEN = {
-    "README.md": {
-        "input_ids": np.arange(3, 15).reshape(2, 6),
-        "mask": np.ones((2, 6), np.int32),
-        "labels": np.arange(3, 15).reshape(2, 6),
-        "more_ids": np.arange(3, 7).reshape(2, 2),
-    }
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +154,7 @@ def test_page(page, hub, tmp_path, monkeypatch):
     for owner in {Path(name).parent for name in CHECKPOINTS}:
         (tmp_path / owner).symlink_to(hub / owner)
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"} | GIVEN.get(page, {})
+    namespace = {"__name__": "__main__"}
     for block in filter(lambda block: block.is_run, blocks(page)):
         printed = io.StringIO()
         try:

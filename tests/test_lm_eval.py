@@ -1,4 +1,4 @@
-"""The evaluation harness's adapter against the harness's own `hf` model, on the same weights and local files."""
+"""The evaluation harness's adapter against the harness's own `hf` model, on "demo" and local files."""
 
 import json
 import sys
@@ -6,10 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
+import transformers
 import yaml
 
-from bench.oracle import layer_types, pair
-from tests.test_chat import make_tokenizer
+import zamba2_jax
+from bench.oracle import without_dt_clamp
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -22,22 +23,26 @@ from zamba2_jax import lm_eval as adapter
 from zamba2_jax.lm_eval import Zamba2LM, main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's and its dependencies'
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "it", "runs"]
+WORDS = ["import", "self", "return", "None", "def", "class", "the", "value", "if", "not", "raise", "len(x)"]
+WINDOW = 64
 
 
 @pytest.fixture(scope="module")
-def models(oracle_dir):
-    options = {"use_shared_attention_adapter": True, "max_position_embeddings": 64, "eos_token_id": 2}
-    models = pair(oracle_dir, "7B", num_hidden_layers=2, layers_block_type=layer_types(2, (0, 1)), **options)
-    make_tokenizer().save_pretrained(models.path)
-    return models
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(zamba2_jax.demo_path())
 
 
 @pytest.fixture(scope="module")
-def sides(models):
-    tokenizer = make_tokenizer()
-    theirs = HFLM(pretrained=models.torch, tokenizer=tokenizer, batch_size=3, max_length=64, device="cpu")
-    return Zamba2LM(models.jax, tokenizer, batch_size=3), theirs
+def model():
+    return zamba2_jax.Zamba2ForCausalLM.from_pretrained("demo", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def sides(model, tokenizer):
+    judge = transformers.Zamba2ForCausalLM.from_pretrained(zamba2_jax.demo_path(), dtype="float32").eval()
+    without_dt_clamp(judge)
+    theirs = HFLM(pretrained=judge, tokenizer=tokenizer, batch_size=3, max_length=WINDOW, device="cpu")
+    return Zamba2LM(model, tokenizer, batch_size=3, max_length=WINDOW), theirs
 
 
 def sentence(rng, words):
@@ -52,7 +57,7 @@ def test_loglikelihood(sides):
     """Contexts of every length: empty, beyond the window, ending in a space; continuations of one token and of many."""
     rng = np.random.default_rng(0)
     pairs = [(sentence(rng, count), " " + sentence(rng, 1 + count % 4)) for count in (1, 2, 3, 5, 8, 20)]
-    pairs += [("", "the dog"), ("a lazy ", "dog"), ("it", "s"), (pairs[0][0], " x")]
+    pairs += [("", "import os"), ("def ", "run"), ("it", "s"), (pairs[0][0], " x")]
     ours, theirs = (side.loglikelihood(requests("loglikelihood", pairs)) for side in sides)
     np.testing.assert_allclose([score for score, _ in ours], [score for score, _ in theirs], atol=1e-4)
     assert [exact for _, exact in ours] == [exact for _, exact in theirs]
@@ -60,18 +65,21 @@ def test_loglikelihood(sides):
 
 def test_whether_a_continuation_is_the_greedy_one(sides):
     ours, _ = sides
-    (text,) = ours.generate_until(requests("generate_until", [("the dog", {"until": [], "max_gen_toks": 3})]))
-    if ours.tok_encode("the dog" + text)[: len("the dog")] == ours.tok_encode("the dog"):
-        results = [side.loglikelihood(requests("loglikelihood", [("the dog", text)])) for side in sides]
-        assert results[0][0][1] == results[1][0][1]
+    prompt = "def __init__(self"
+    (text,) = ours.generate_until(requests("generate_until", [(prompt, {"until": [], "max_gen_toks": 3})]))
+    prompt_ids = ours.tok_encode(prompt)
+    assert ours.tok_encode(prompt + text)[: len(prompt_ids)] == prompt_ids  # so that the continuation is these 3 tokens
+    ask = requests("loglikelihood", [(prompt, text), (prompt, " zebra")])
+    for side in sides:
+        assert [exact for _, exact in side.loglikelihood(ask)] == [True, False]
 
 
 def test_loglikelihood_rolling_over_several_windows(sides):
     rng = np.random.default_rng(1)
-    texts = [(sentence(rng, count),) for count in (1, 4, 30, 60)]
-    assert len(sides[0].tok_encode(texts[-1][0])) > 3 * 64
+    texts = [(sentence(rng, count),) for count in (1, 4, 30, 150)]
+    assert len(sides[0].tok_encode(texts[-1][0])) > 3 * WINDOW
     ours, theirs = (side.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) for side in sides)
-    # Sums of hundreds of log-probabilities, some -1000 in all: float32 sums on either side.
+    # The longest is a float32 sum of hundreds of log-probabilities, on either side.
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-4)
 
 
@@ -156,23 +164,23 @@ def test_whole_tasks(sides, tasks, tmp_path):
     assert cached["results"] == again["results"] == ours["results"]
 
 
-def test_the_command_line(models, tasks, capsys, monkeypatch, tmp_path):
+def test_the_command_line(tasks, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     main(
         [
-            *("run", "--model", "zamba2_jax", "--model_args", f"pretrained={models.path},dtype=float32"),
+            *("run", "--model", "zamba2_jax", "--model_args", "pretrained=demo,dtype=float32"),
             *("--tasks", "local_choose", "--include_path", str(tasks), "--batch_size", "2"),
         ]
     )
     assert "|local_choose|" in capsys.readouterr().out
 
 
-def test_messages(models):
+def test_messages(model, tokenizer):
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 'auto'"):
-        Zamba2LM(models.jax, make_tokenizer(), batch_size="auto")
+        Zamba2LM(model, tokenizer, batch_size="auto")
     with pytest.raises(ValueError, match="tokenizer must be given with a model that is loaded already"):
-        Zamba2LM(models.jax)
-    small = Zamba2LM(models.jax, make_tokenizer(), max_length=16)
+        Zamba2LM(model)
+    small = Zamba2LM(model, tokenizer, max_length=16)
     with pytest.raises(ValueError, match="max_gen_toks=16 leaves no room for a prompt in max_length=16"):
         small.generate_until(requests("generate_until", [("a", {"max_gen_toks": 16})]))

@@ -54,8 +54,7 @@ class Zamba2Cache:
     """What a model carries from one call to the next. Immutable: a call returns a new one.
 
     All rows of a batch share the slot index: a call of l columns takes slots `length` to `length + l - 1` in every row,
-        padding included;
-    `slot_mask` says which hold a real token.
+    padding included; `slot_mask` says which hold a real token.
 
     Attributes:
         mamba: one `MambaState` per layer.

@@ -5,8 +5,8 @@ The harness (0.4.13) knows its own models only, so that this module registers ou
     python -m zamba2_jax.lm_eval run --model zamba2_jax --model_args pretrained=Zyphra/Zamba2-1.2B --tasks piqa
 
 Arguments are the harness's own. In Python, importing this module is enough for
-`lm_eval.simple_evaluate(model="zamba2_jax", ...)`. Scores are those of the harness's `hf` model: the same tokens,
-windows and stop strings.
+`lm_eval.simple_evaluate(model="zamba2_jax", ...)`. Scores are those of the harness's `hf` model, whose tokens, windows
+and stop strings these are, but for the time-step clamp that transformers puts on prefill and this library does not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
-    raise ImportError(f"the evaluation harness is needed: pip install lm-eval ({error})") from error
+    raise ImportError(f"the evaluation harness is needed: pip install 'zamba2-jax[eval]' ({error})") from error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

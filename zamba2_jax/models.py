@@ -90,6 +90,7 @@ class PretrainedModel(nnx.Module):
         cls,
         name_or_path: str | os.PathLike[str],
         *,
+        config: Zamba2Config | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
         mesh: str | Mesh | None = None,
@@ -98,12 +99,15 @@ class PretrainedModel(nnx.Module):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        **config_changes: Any,
     ) -> Self:
         """Loads a checkpoint: a hub id, or a directory in Hugging Face's or our own (Orbax) format.
 
         Args:
-            name_or_path: such as "Zyphra/Zamba2-1.2B", or a directory with config.json and weights.
-            dtype: of computation; None takes the config's, then the file's.
+            name_or_path: such as "Zyphra/Zamba2-1.2B", "demo" (`demo_path`), a directory with config.json and weights,
+                or one that `python -m train` writes: a run's last checkpoint, or "DIRECTORY@STEP".
+            config: in place of the checkpoint's.
+            dtype: of computation; None and "auto" take the config's, then the file's.
             param_dtype: of the stored parameters; None is `dtype`.
             mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`): a `Mesh`, or as in
                 `zamba2_jax.sharding.make_mesh` "auto" or sizes such as "data=2,fsdp=4". None puts them on the default
@@ -111,15 +115,20 @@ class PretrainedModel(nnx.Module):
             quantize: "int8" or "int4" stores the matrices as integers, for inference in half or a third of the memory
                 (`zamba2_jax.quantize`). The model can be neither trained nor saved.
             revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+            config_changes: fields of the config to set, such as `num_labels=3` for a classifier whose head is new, or
+                `attention_dropout=0.1`.
 
         Raises:
             FileNotFoundError: no such directory or no config.json in it.
+            TypeError: an argument of another name; of transformers' it says what serves here.
             ValueError: another kind of model, or tensors that are missing, unexpected, misshapen, truncated or
                 contradictory; all are named.
         """
         return load_pretrained(
             cls,
             name_or_path,
+            config=config,
+            config_changes=config_changes,
             dtype=dtype,
             param_dtype=param_dtype,
             mesh=mesh,

@@ -14,7 +14,7 @@ from flax import nnx
 import zamba2_jax
 from bench.oracle import SHAPES, torch_config
 from tests.checkpoint.files import equal, read, saved, shard, share_blocks, write
-from zamba2_jax.checkpoint import load_pretrained, open_parameters, save_pretrained, write_hugging_face
+from zamba2_jax.checkpoint import load_pretrained, open_parameters, save_orbax, save_pretrained, write_hugging_face
 from zamba2_jax.checkpoint.save import parse_size
 
 CausalLM = zamba2_jax.Zamba2ForCausalLM
@@ -200,8 +200,40 @@ def test_checkpoints_of_another_head(root, tmp_path):
         model.save_pretrained(tmp_path / "complete")
         assert same(Classifier.from_pretrained(tmp_path / "complete"), model)
 
+    with pytest.warns(UserWarning, match="newly initialised"):
+        model = Classifier.from_pretrained(
+            saved(root, "2.7B"), id2label={0: "no", 1: "yes", 2: "both"}, attention_dropout=0.1, dtype="auto"
+        )
+    assert (model.score.kernel.shape, model.config.label2id["both"]) == ((32, 3), 2)
+    assert (model.config.attention_dropout, model.dtype) == (0.1, jnp.float32)
+    with pytest.raises(ValueError, match=r"score\.weight.*\(3, 32\)"):
+        Classifier.from_pretrained(classifier, num_labels=5)
+
     with pytest.warns(UserWarning, match="lm_head.weight is ignored"):
         zamba2_jax.Zamba2Model.from_pretrained(saved(root, "unusual"))
+
+
+@pytest.mark.parametrize("orbax", [False, True])
+def test_another_config(orbax, root, tmp_path):
+    source = saved(root, "2.7B")
+    model = CausalLM.from_pretrained(source)
+    if orbax:
+        source = tmp_path / "orbax"
+        save_orbax(model, source)
+    config = model.config.replace(chunk_size=8)
+    other = CausalLM.from_pretrained(source, config=config)
+    assert other.config == config
+    assert same(other, model)
+    assert CausalLM.from_pretrained(source, config=config, chunk_size=4).config == config.replace(chunk_size=4)
+    with pytest.raises(ValueError, match=r"gate_up_proj\.(weight|kernel).*\((14, 32|32, 2, 7)\)"):
+        CausalLM.from_pretrained(source, intermediate_size=7)
+
+
+def test_arguments_of_transformers_that_are_not_taken():
+    with pytest.raises(TypeError, match=r"no argument 'device_map': mesh= .* spreads the parameters"):
+        CausalLM.from_pretrained("demo", device_map="auto")
+    with pytest.raises(TypeError, match=r"no argument 'speed': it takes"):
+        CausalLM.from_pretrained("demo", speed=11)
 
 
 def test_dtypes(root, tmp_path):

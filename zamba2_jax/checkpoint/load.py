@@ -1,9 +1,11 @@
 """From a checkpoint to a model, one parameter at a time."""
 
+import dataclasses
 import math
 import os
 import types
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from zamba2_jax.checkpoint.files import find_checkpoint, is_orbax
+from zamba2_jax.checkpoint.files import find_checkpoint, is_orbax, settings_directory
 from zamba2_jax.checkpoint.names import ARCHITECTURES, Index, Path
 from zamba2_jax.checkpoint.orbax import OrbaxParameters
 from zamba2_jax.checkpoint.parameters import HuggingFaceParameters, Parameters
 from zamba2_jax.checkpoint.progress import byte_bar
+from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers.quantized import quantize_weight
 from zamba2_jax.quantization import check_quantize, quantized_modules
 from zamba2_jax.quantization import quantize as quantize_model
@@ -24,11 +27,25 @@ from zamba2_jax.sharding import check_mesh, make_mesh, param_shardings
 
 Model = TypeVar("Model", bound=nnx.Module)
 
+# What transformers' users write, and what they write here.
+_ELSEWHERE = {
+    "attn_implementation": "the ops choose by device (`implementation=` of `zamba2_jax.ops`)",
+    "device_map": 'mesh= ("auto", or sizes such as "tensor=2") spreads the parameters over devices',
+    "low_cpu_mem_usage": "loading never holds more than a tensor beyond the model",
+    "quantization_config": 'quantize="int8" or "int4" stores the matrices as integers',
+    "load_in_8bit": 'quantize="int8" does that',
+    "load_in_4bit": 'quantize="int4" does that',
+    "torch_dtype": "dtype= takes jnp.bfloat16 and the like",
+    "trust_remote_code": "none is run",
+}
+
 
 def open_parameters(
     name_or_path: str | os.PathLike[str],
     architecture: str | None = None,
     *,
+    config: Zamba2Config | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -39,6 +56,8 @@ def open_parameters(
     Args:
         name_or_path: a directory or a hub id.
         architecture: the class to fill, a key of `names.ARCHITECTURES`; None is the one that was saved.
+        config, config_changes: a config in place of the checkpoint's, and fields to set in either
+            (`Zamba2Config.replace`).
         revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -48,13 +67,20 @@ def open_parameters(
     directory = find_checkpoint(
         name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    return (OrbaxParameters if is_orbax(directory) else HuggingFaceParameters)(directory, architecture)
+    orbax = is_orbax(directory)
+    if config_changes:
+        if config is None:
+            config = Zamba2Config.from_pretrained(settings_directory(directory) if orbax else directory)
+        config = config.replace(**config_changes)
+    return (OrbaxParameters if orbax else HuggingFaceParameters)(directory, architecture, config)
 
 
 def load_pretrained(
     model_class: type[Model],
     name_or_path: str | os.PathLike[str],
     *,
+    config: Zamba2Config | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     mesh: str | Mesh | None = None,
@@ -72,7 +98,8 @@ def load_pretrained(
             was saved: a head that it lacks is ignored, and a classification head that the checkpoint lacks is newly
             initialised, each with a warning.
         name_or_path: a directory or a hub id.
-        dtype: of computation; None takes the config's, then that of the weights.
+        config, config_changes: as in `open_parameters`.
+        dtype: of computation; None and "auto" take the config's, then that of the weights.
         param_dtype: of the parameters; None is `dtype`. A_log, D and dt_bias are float32 always.
         mesh: devices to spread the parameters over, as a `Mesh` or as `make_mesh` reads it; each process reads only
             what its devices hold. None: the default device.
@@ -83,9 +110,13 @@ def load_pretrained(
     Raises:
         FileNotFoundError: no such directory or repository, no config.json or no weights in it.
         ImportError: the weights are PyTorch pickles and torch is not installed.
+        TypeError: `config_changes` that are no fields of a config.
         ValueError: before a file is opened, a `quantize` or a `mesh` that there is not; then with every fault of the
             checkpoint, or of a mesh that does not divide the model.
     """
+    for name in (config_changes or {}).keys() - {field.name for field in dataclasses.fields(Zamba2Config)}:
+        hint = _ELSEWHERE.get(name, "it takes those in its documentation, and fields of Zamba2Config")
+        raise TypeError(f"from_pretrained has no argument {name!r}: {hint}.")
     check_quantize(quantize)
     mesh = None if mesh is None else make_mesh(mesh)
     if model_class.__name__ not in ARCHITECTURES:
@@ -93,6 +124,8 @@ def load_pretrained(
     parameters = open_parameters(
         name_or_path,
         model_class.__name__,
+        config=config,
+        config_changes=config_changes,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -100,7 +133,7 @@ def load_pretrained(
     )
     if mesh is not None:
         check_mesh(parameters.config, mesh)
-    if dtype is None:
+    if dtype is None or dtype == "auto":
         dtype = parameters.config.dtype or parameters.common_dtype()
     dtype = jnp.dtype(dtype)
 

@@ -203,16 +203,17 @@ class OrbaxParameters(Parameters):
     Args:
         directory: with config.json and `params`; or of a training run's checkpoint, config.json being in the run's.
         architecture: the class to fill; None is the one that was saved.
+        config: None is the one in the directory.
 
     Raises:
         FileNotFoundError: no config.json.
         ValueError: with every fault of the checkpoint.
     """
 
-    def __init__(self, directory: FilePath, architecture: str | None = None):
+    def __init__(self, directory: FilePath, architecture: str | None = None, config: Zamba2Config | None = None):
         super().__init__()
         self.directory = settings_directory(directory)
-        self.config = Zamba2Config.from_pretrained(self.directory)
+        self.config = config or Zamba2Config.from_pretrained(self.directory)
         self.generation_config = generation_settings(self.directory)
         self._arrays_in = directory
         stored = _stored_names(directory)

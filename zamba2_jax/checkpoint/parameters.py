@@ -137,15 +137,16 @@ class HuggingFaceParameters(Parameters):
     Args:
         directory: with config.json and weights.
         architecture: the class to fill; None is the one that was saved.
+        config: None is the one in the directory.
 
     Raises:
         FileNotFoundError: no config.json, or no weights.
         ValueError: with every fault of the checkpoint.
     """
 
-    def __init__(self, directory: FilePath, architecture: str | None = None):
+    def __init__(self, directory: FilePath, architecture: str | None = None, config: Zamba2Config | None = None):
         super().__init__()
-        config = Zamba2Config.from_pretrained(directory)
+        config = config or Zamba2Config.from_pretrained(directory)
         self.files = open_tensors(directory)
         self.account: Account = settle_accounts(
             config, architecture or guess_architecture(config, self.files.tensors), self.files
