@@ -262,7 +262,8 @@ import jax, numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from zamba2_jax import Zamba2ForCausalLM, quantize
-from zamba2_jax.ops.quantized import dot_int4, dot_int8, quantize_int4, quantize_int8
+from zamba2_jax.ops.quantized import quantize_int4, quantize_int8
+from zamba2_jax.ops.quantized_products import dot_int4, dot_int8
 from zamba2_jax.sharding import param_shardings
 
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
