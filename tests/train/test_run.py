@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import socket
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from bench import oracle
 from convert.cli import main as convert
 from tests.train.conftest import finish, lines, losses, wait_until
 from train import cli
-from zamba2_jax import Zamba2ForCausalLM
+from zamba2_jax import Zamba2ForCausalLM, load_lora, merge_lora
 
 
 class TestOutput:
@@ -114,6 +116,63 @@ class TestLearning:
         assert np.abs(merged - base).max() > 1e-3
         with pytest.raises(ValueError, match="trained a LoRA: load the model that it began with"):
             Zamba2ForCausalLM.from_pretrained(run)
+
+
+class TestBesideIntegers:
+    """`--quantize`: a LoRA is trained beside a frozen model of integers."""
+
+    OPTIONS = {"tokenizer": None, "lora_rank": 2, "quantize": "int4", "schedule": "wsd", "decay_steps": 0}  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    def options(self, finished):
+        return self.OPTIONS | {"model": finished, "warmup_steps": 0}
+
+    @pytest.fixture(scope="class")
+    def run(self, workspace, options):
+        run = workspace.path / "beside-integers"
+        heldout = {"eval_data": workspace.path / "heldout.jsonl", "eval_every": 6}
+        samples = {"sample_every": 6, "sample_prompts": "the cat", "sample_tokens": 6}
+        assert workspace.train("finetune", run, **options, **heldout, **samples) == 0
+        return run
+
+    def test_goes_on_exactly(self, workspace, options, run, tmp_path, capsys):
+        assert workspace.train("finetune", tmp_path / "run", steps=3, **options) == 0
+        assert re.search(r"parameters trained, a frozen model of int4 matrices, 0\.0 MB;", capsys.readouterr().out)
+        assert workspace.train("finetune", tmp_path / "run", steps=6, **options) == 0
+        assert losses(tmp_path / "run") == losses(run)
+        assert losses(run)[-1] < losses(run)[0]
+        assert workspace.train("finetune", tmp_path / "run", **options | {"quantize": "int8"}) == 2
+        assert '--quantize was "int4" and is now "int8"' in capsys.readouterr().err
+
+    def test_the_adapter_fits_the_integers(self, finished, run):
+        """Saved and loaded beside them, it continues the prompt as it did in the run; without it, the text is
+        another."""
+        assert {path.name for path in (run / "checkpoints" / "6").iterdir()} >= {"lora", "optimizer"}
+        assert not (run / "checkpoints" / "6" / "params").exists()
+        model = Zamba2ForCausalLM.from_pretrained(finished, dtype="float32", quantize="int4")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(run)
+        prompt = np.asarray([tokenizer("the cat")["input_ids"]])
+
+        def text():
+            output = model.generate(prompt, max_new_tokens=6)
+            return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+
+        before = text()
+        load_lora(model, run / "adapter")
+        [sample] = lines(run, "samples.jsonl")
+        assert text() == sample["text"] != before
+
+    def test_it_is_merged_into_the_unrounded_model(self, finished, run, tmp_path):
+        assert convert(["to-hf", str(run), str(tmp_path / "merged")]) == 0
+        wanted = Zamba2ForCausalLM.from_pretrained(finished)
+        before = wanted.model.layers[0].mamba.zx_proj.kernel[...]
+        load_lora(wanted, run / "adapter")
+        merge_lora(wanted)
+        merged = Zamba2ForCausalLM.from_pretrained(tmp_path / "merged")
+        assert np.abs(merged.model.layers[0].mamba.zx_proj.kernel[...] - before).max() > 1e-4
+        leaves = zip(*(nnx.to_flat_state(nnx.state(model)) for model in (merged, wanted)), strict=True)
+        for (path, one), (_, other) in leaves:
+            np.testing.assert_allclose(one[...], other[...], rtol=1e-6, atol=1e-7, err_msg=str(path))
 
 
 def free_port():
