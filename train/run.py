@@ -256,7 +256,7 @@ class Profile:
 def _opening(options: RunOptions, program: Program, mesh: Mesh, start: int) -> str:
     trained = sum(array.size for array in program.state.params.values())
     frozen = f"{sum(array.size for array in program.frozen.values()):,} frozen" if program.frozen else ""
-    if quantization := models.quantization(options):  # of which int4 has two to a byte, and scales beside
+    if quantization := models.quantization(options):  # elements would say little: there are two int4 to a byte
         size = sum(array.size * array.dtype.itemsize for array in program.frozen.values())
         frozen = f"a frozen model of {quantization} matrices, {size / 1e6:,.1f} MB"
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"

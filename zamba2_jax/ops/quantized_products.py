@@ -135,10 +135,10 @@ _product.defvjp(_forward, _backward)
 def _at_hand(x, values, scale, how):
     """The three, with the matrix whole on every device that uses it.
 
-    The barrier ties the integers to an input that changes. XLA may else widen or gather them once, before a loop over
-    tokens, or in the forward pass for both, and keep what they were to save.
+    The barrier ties the matrix to an input that changes. XLA may else widen or gather it once, before a loop over
+    tokens, or in the forward pass for both, and keep what was to be saved; or the scales, spread out to all rows.
     """
-    x, values = jax.lax.optimization_barrier((x, values))
+    x, values, scale = jax.lax.optimization_barrier((x, values, scale))
     if how.axes is not None:
         values = constrain_gathered(values, *how.axes)
         bits = 8 if values.dtype == jnp.int8 else 4
