@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 import zamba2_jax
 from convert.inspection import inspect
@@ -14,6 +15,7 @@ from convert.verification import verify
 from zamba2_jax.checkpoint import load_pretrained, open_parameters, write_hugging_face, write_orbax
 from zamba2_jax.checkpoint.files import ADAPTER, RUN, find_checkpoint, is_orbax, read_json
 from zamba2_jax.checkpoint.parameters import ModelParameters
+from zamba2_jax.config import Zamba2Config
 
 _EXAMPLES = """examples:
   python -m convert from-hf Zyphra/Zamba2-1.2B zamba2-1.2b
@@ -79,7 +81,8 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 
 def _merged_to_hf(run: Path, options: argparse.Namespace) -> int:
-    """A run that trained a LoRA: the checkpoint that it began with, and the LoRA merged into its weights."""
+    """A run that trained a LoRA: the checkpoint that it began with, in full precision whatever the LoRA was trained
+    beside, and the LoRA merged into its weights."""
     _check_target(run, options)
     base = read_json(run / RUN)["options"]["model"]
     architecture = "Zamba2ForSequenceClassification" if _is_classifier(run) else "Zamba2ForCausalLM"
@@ -90,6 +93,8 @@ def _merged_to_hf(run: Path, options: argparse.Namespace) -> int:
             param_dtype=options.dtype,
             progress=options.progress,
         )
+        if hasattr(model, "score"):
+            _take_labels(model, Zamba2Config.from_pretrained(run))
         zamba2_jax.load_lora(model, run / ADAPTER)
         zamba2_jax.merge_lora(model)
     parameters = ModelParameters(model)
@@ -103,6 +108,13 @@ def _merged_to_hf(run: Path, options: argparse.Namespace) -> int:
     )
     print(f"wrote {options.target}: {base} with the LoRA of {run} merged into it")
     return 0
+
+
+def _take_labels(model: zamba2_jax.Zamba2ForSequenceClassification, config: Zamba2Config) -> None:
+    """Gives the model the labels of another config, and a head of their number, to be loaded with the LoRA."""
+    model.config = model.config.replace(id2label=config.id2label, problem_type=config.problem_type)
+    kernel = model.score.kernel
+    kernel.set_value(jnp.zeros((kernel.shape[0], config.num_labels), kernel.dtype))
 
 
 def _is_classifier(run: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zamba2_jax import LoraConfig, Zamba2Config, Zamba2ForCausalLM, add_lora
+from zamba2_jax import LoraConfig, Zamba2Config, Zamba2ForCausalLM, add_lora, quantize
 from zamba2_jax.ops.attention import attention
 from zamba2_jax.ops.conv import causal_conv
 from zamba2_jax.sharding import abstract_params, batch_sharding, check_mesh, make_mesh, param_shardings
@@ -325,9 +325,21 @@ class TestGenerate:
 
 
 class TestLora:
-    def test_a_loras_gradient_is_that_of_one_device(self):
+    def test_gradients_are_those_of_one_device(self):
         """Of a block and of a layer, with B's that are not zero; the model itself is not differentiated."""
-        model = nnx.merge(*make_model())
+        self.compare(nnx.merge(*make_model()))
+
+    def test_beside_integers(self):
+        """Which are stored in parts as other weights are, and gathered as integers."""
+        config = CONFIG.replace(num_hidden_layers=2, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1)
+        text, rest = self.compare(quantize(Zamba2ForCausalLM(config, rngs=nnx.Rngs(0)), "int4"))
+        values = rest["model"]["layers"][0]["mamba"]["zx_proj"]["values"].get_value()
+        assert values.shape == (16, 2, 64)
+        assert values.sharding.shard_shape(values.shape) == (4, 2, 32)
+        assert set(re.findall(r"= (\w+)\[16,2,32\]\S* all-gather", text)) == {"u8"}
+
+    def compare(self, model):
+        """Returns the text of the mesh's program, and the model without its LoRAs as the mesh holds it."""
         add_lora(model, LoraConfig(r=2, target_modules=["in_proj", "q_proj", "down_proj"]), rngs=nnx.Rngs(1))
         for path, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
             value.set_value(0.1 * jax.random.normal(jax.random.key(len(path)), value.shape))
@@ -339,11 +351,12 @@ class TestLora:
 
             return jax.value_and_grad(loss)(lora)
 
-        batch = {"packed": batches()["packed"]}
-        wanted = {name: jax.jit(step)(lora, rest, one) for name, one in batch.items()}
+        batch = batches()["packed"]
+        wanted = jax.jit(step)(lora, rest, batch)
         mesh = make_mesh(MIXED)
         lora, rest = (jax.device_put(state, param_shardings(state, mesh)) for state in (lora, rest))
         with jax.set_mesh(mesh):
-            step = jax.jit(step)
-            actual = {name: step(lora, rest, jax.device_put(one, batch_sharding(mesh))) for name, one in batch.items()}
-        assert_same(actual, wanted)
+            batch = jax.device_put(batch, batch_sharding(mesh))
+            step = jax.jit(step).lower(lora, rest, batch).compile()
+            assert_same({"packed": step(lora, rest, batch)}, {"packed": wanted})
+        return step.as_text(), rest

@@ -5,7 +5,8 @@
     weights in use          copies in the dtype of computation of one layer's, or, when layers are scanned, of all
     kept activations        what the backward pass finds of the forward one, by the policy of gradient checkpointing
     working activations     of one layer, and as many gradients, in the backward pass
-    loss                    the scores of one block of tokens, and the head's gradient
+    loss                    the scores of one block of tokens; of a head that is trained its gradient, of one that is
+                            integers a copy in the dtype of computation
 
 Letters: d hidden, E the width inside a mamba layer, g groups, n state, h heads, a and c the widths of queries and keys,
 i the MLP's width, v vocabulary.
@@ -47,6 +48,7 @@ class Rows:
         scan: whether layers are scanned.
         tensor: over how many devices heads, widths and vocabulary are split.
         trains_head: whether embedding and head are trained.
+        widens_head: whether the head is of integers.
     """
 
     tokens: int
@@ -55,6 +57,7 @@ class Rows:
     scan: bool
     tensor: int
     trains_head: bool
+    widens_head: bool
 
 
 def working_bytes(config: Zamba2Config, rows: Rows, *, weights: Mapping[str, int]) -> dict[str, float]:
@@ -62,7 +65,7 @@ def working_bytes(config: Zamba2Config, rows: Rows, *, weights: Mapping[str, int
 
     Args:
         weights: bytes on the device of the trained parameters in float32, "trained", and of all in the dtype of
-            computation, "cast".
+            computation, or as integers, "cast".
     """
     layer, use = _layer(config, rows), _use(config, rows)
     layers, uses, d = config.num_hidden_layers, config.num_hybrid_layers, config.hidden_size
@@ -74,7 +77,7 @@ def working_bytes(config: Zamba2Config, rows: Rows, *, weights: Mapping[str, int
         kept += layers * layer["all"] + uses * use["all"]
     working = 2 * max(layer["all"], use["all"] if uses else 0)
     block = min(rows.tokens * config.vocab_size, _SCORES) / rows.tensor
-    head = config.vocab_size * d / rows.tensor * _FLOAT32 if rows.trains_head else 0
+    head = config.vocab_size * d / rows.tensor * (_FLOAT32 * rows.trains_head + rows.itemsize * rows.widens_head)
     gathered = rows.itemsize * max(_layer_weights(config), _use_weights(config) if uses else 0) / rows.tensor
     return {
         "gradient": weights["trained"],

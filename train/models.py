@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from train.options import LoraOptions, RunOptions
-from zamba2_jax import LoraConfig, Zamba2Config, add_lora, lora, save_lora
+from zamba2_jax import LoraConfig, Zamba2Config, add_lora, lora, quantize, save_lora
 from zamba2_jax.checkpoint import open_parameters
 from zamba2_jax.checkpoint.files import ADAPTER, find_checkpoint, read_json, settings_directory
 from zamba2_jax.models import PretrainedModel
@@ -70,13 +70,22 @@ def abstract_model(
     *,
     param_dtype: str = "float32",
 ) -> PretrainedModel:
-    """A model without arrays, set to compute as `options` say."""
+    """A model without arrays, set to compute as `options` say.
+
+    Raises:
+        ValueError: widths that do not suit the integers asked for.
+    """
     key = jax.random.key(0)
     # The shapes do not depend on keys, and an nnx.Rngs that is traced costs milliseconds for each.
     rngs = types.SimpleNamespace(params=lambda: key)
-    model = nnx.eval_shape(
-        lambda: model_class(config, dtype=jnp.dtype(options.dtype), param_dtype=jnp.dtype(param_dtype), rngs=rngs)
-    )
+
+    def make() -> PretrainedModel:
+        dtypes = {"dtype": jnp.dtype(options.dtype), "param_dtype": jnp.dtype(param_dtype)}
+        model = model_class(config, **dtypes, rngs=rngs)
+        kind = quantization(options)
+        return model if kind is None else quantize(model, kind)
+
+    model = nnx.eval_shape(make)
     model.gradient_checkpointing_enable(options.gradient_checkpointing)
     if options.scan_layers:
         model.scan_layers_enable()
@@ -99,6 +108,11 @@ def random_model(abstract: PretrainedModel, seed: int, mesh: Mesh) -> Pretrained
 def adapts(options: RunOptions) -> bool:
     """Whether a LoRA is trained and the model itself frozen."""
     return getattr(options, "lora_rank", 0) > 0
+
+
+def quantization(options: RunOptions) -> str | None:
+    """What the matrices of the frozen model are stored as: "int8", "int4", or None for numbers as the others."""
+    return getattr(options, "quantize", None)
 
 
 def base_dtype(options: RunOptions) -> str:
@@ -147,7 +161,8 @@ def has_dropout(config: Zamba2Config, options: RunOptions) -> bool:
 
 def load(model_class: type[PretrainedModel], options: RunOptions, mesh: Mesh) -> PretrainedModel:
     """The checkpoint `options.model` on the devices, with LoRAs if they were asked for."""
-    model = model_class.from_pretrained(options.model, dtype=options.dtype, param_dtype=base_dtype(options), mesh=mesh)
+    stored = {"param_dtype": base_dtype(options), "quantize": quantization(options)}
+    model = model_class.from_pretrained(options.model, dtype=options.dtype, mesh=mesh, **stored)
     return adapted(model, options) if adapts(options) else model
 
 

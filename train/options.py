@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from zamba2_jax.layer_stack import CHECKPOINT_POLICIES
+from zamba2_jax.quantization import BITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,8 @@ class LoraOptions:
     """Names of the modules that get one, such as in_proj q_proj; default: all matrices but embedding and head."""
     lora_shared: Literal["use", "block"] = "block"
     """On shared blocks: one per block for all its uses, or one per use."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Keep the matrices of the frozen model as integers: half or a third of their memory, at a loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,6 +344,8 @@ def check_options(options: Any) -> None:
 
     if isinstance(options, StepOptions) and not faults:
         faults += _faults_of_step(options)
+    if isinstance(options, LoraOptions) and not faults:
+        faults += _faults_of_lora(options)
     if isinstance(options, RunOptions) and not faults:
         faults += _faults_of_run(options)
     if faults:
@@ -362,6 +367,23 @@ def _faults_of_step(options: StepOptions) -> list[str]:
     return faults
 
 
+def _faults_of_lora(options: LoraOptions) -> list[str]:
+    faults = []
+    if options.quantize not in (None, *BITS):  # of a preset: the command line knows the names
+        faults.append(f"--quantize must be {' or '.join(BITS)}, got {options.quantize}")
+    if options.lora_rank:
+        return faults
+    defaults = {field.name: field.default for field in dataclasses.fields(LoraOptions)}
+    for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_shared"):
+        if getattr(options, name) != defaults[name]:
+            faults.append(f"{flag(name)} needs --lora-rank")
+    if options.quantize is not None:
+        faults.append(
+            f"--quantize {options.quantize} needs --lora-rank: integers are not trained, a LoRA beside them is"
+        )
+    return faults
+
+
 def _faults_of_run(options: RunOptions) -> list[str]:
     faults = []
     if options.gradient_checkpointing not in CHECKPOINT_POLICIES:  # of a preset: the command line knows the names
@@ -370,11 +392,6 @@ def _faults_of_run(options: RunOptions) -> list[str]:
     for name in ("eval_every", "eval_batches"):
         if getattr(options, name) is not None and not options.eval_data:
             faults.append(f"{flag(name)} needs --eval-data")
-    if isinstance(options, LoraOptions) and not options.lora_rank:
-        defaults = {field.name: field.default for field in dataclasses.fields(LoraOptions)}
-        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_shared"):
-            if getattr(options, name) != defaults[name]:
-                faults.append(f"{flag(name)} needs --lora-rank")
     if options.output.exists() and not options.output.is_dir():
         faults.append(f"--output {options.output} is a file; give a directory")
     return faults

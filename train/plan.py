@@ -352,6 +352,8 @@ def _tpu_lines(options: PlanOptions, result: Mapping[str, Any], usable: float, f
 def _head(options: PlanOptions, result: Mapping[str, Any]) -> list[str]:
     axes = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items()) or "one device"
     what = f"LoRA of rank {options.lora_rank}" if models.adapts(options) else "all parameters"
+    if kind := models.quantization(options):
+        what += f" beside {kind} matrices"
     return [
         f"{options.model}, {what}, on {result['topology']} ({result['chips']} chips; {axes}): {options.batch_size} x "
         f"{options.seq_len} tokens a step"
@@ -434,7 +436,7 @@ def estimate(options: PlanOptions, config: Zamba2Config, program: Program) -> di
     kinds: dict[str, float] = dict(bytes_by_kind(program, program.abstract_batch(batch_shapes(options))))
     itemsize = {"float32": 4, "bfloat16": 2}[options.dtype]
     devices_of_batch = math.prod(mesh.shape[axis] for axis in (*BATCH_AXES, LENGTH_AXIS))
-    count = sum(leaf.size for leaf in jax.tree.leaves((program.state.params, program.frozen)))
+    arrays = jax.tree.leaves((program.state.params, program.frozen))
     stored_in = mesh.size // mesh.shape["data"]
     rows = gpu_estimate.Rows(
         tokens=max(1, options.batch_size * options.seq_len // options.accumulate // devices_of_batch),
@@ -443,8 +445,11 @@ def estimate(options: PlanOptions, config: Zamba2Config, program: Program) -> di
         scan=options.scan_layers,
         tensor=mesh.shape["tensor"],
         trains_head=not models.adapts(options),
+        widens_head=models.quantization(options) is not None,
     )
-    weights = {"trained": kinds["parameters"], "cast": itemsize * count // stored_in}
+    # Integers stay as they are until a product widens them.
+    cast = sum(leaf.size * min(itemsize, leaf.dtype.itemsize) for leaf in arrays)
+    weights = {"trained": kinds["parameters"], "cast": cast // stored_in}
     return kinds | gpu_estimate.working_bytes(config, rows, weights=weights)
 
 

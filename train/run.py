@@ -87,16 +87,17 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
     resuming = run_directory.check_directory(options.output, description, options.warmup_steps is None)
     if resuming:
         options = dataclasses.replace(options, warmup_steps=run_directory.settled_warmup(options.output))
-    run_directory.wait_for_all("train: the output directory was looked at")
-    if not resuming and jax.process_index() == 0:
-        run_directory.begin(options.output, description, task.config, task.tokenizer)
-    run_directory.wait_for_all("train: the output directory is there")
 
     # ---- the step, as abstract values
     abstract = task.abstract_model()
     skeleton = Skeleton(abstract, task.trainable(abstract))
     program = make_program(skeleton, options, mesh, task.loss, task.count)
 
+    # ---- its directory
+    run_directory.wait_for_all("train: the output directory was looked at")
+    if not resuming and jax.process_index() == 0:
+        run_directory.begin(options.output, description, task.config, task.tokenizer)
+    run_directory.wait_for_all("train: the output directory is there")
     keep = {"keep_last": options.keep_last, "keep_best": options.keep_best}
     with (
         Checkpoints(options.output, kind=task.kind, **keep) as checkpoints,
@@ -254,12 +255,15 @@ class Profile:
 
 def _opening(options: RunOptions, program: Program, mesh: Mesh, start: int) -> str:
     trained = sum(array.size for array in program.state.params.values())
-    frozen = sum(array.size for array in program.frozen.values())
+    frozen = f"{sum(array.size for array in program.frozen.values()):,} frozen" if program.frozen else ""
+    if quantization := models.quantization(options):  # elements would say little: there are two int4 to a byte
+        size = sum(array.size * array.dtype.itemsize for array in program.frozen.values())
+        frozen = f"a frozen model of {quantization} matrices, {size / 1e6:,.1f} MB"
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     kind = jax.devices()[0].device_kind
     return (
         f"{trained:,} parameters trained"
-        + (f", {frozen:,} frozen" if frozen else "")
+        + (f", {frozen}" if frozen else "")
         + f"; {jax.device_count()} x {kind} ({axes}); {options.batch_size} x {options.seq_len} tokens a step; "
         + (f"goes on from step {start}" if start else "starts")
         + f"; {options.output}"

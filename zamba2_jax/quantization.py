@@ -1,4 +1,4 @@
-"""int8 and int4 weights for inference: a 7B model in 7.5 or 4.1 GB instead of 14.7.
+"""int8 and int4 weights, for inference and beside LoRAs that are trained: a 7B model in 7.5 or 4.1 GB instead of 14.7.
 
 Quantised are the matrices that make up nine tenths of a model and more: the projections of the mixers and of the shared
 blocks, `linear`, the embedding and the head. What is small or feeds an exponential stays as it is: norms,
@@ -9,7 +9,10 @@ This is our own scheme and not qwix's. qwix (0.1.8) quantises an NNX model by ru
 JAX's functions replaced, and runs every later call so. It has products, but no look-up in a quantised embedding,
 which a tied head needs; its int4 weights are `jnp.int4`, which takes a byte each on CPUs; and how a product widens
 its integers, on which a decode step's speed hangs, would be another package's affair. What we write instead are
-two roundings and two products (`zamba2_jax/ops/quantized.py`).
+two roundings and two products (`zamba2_jax/ops/quantized.py`, `zamba2_jax/ops/quantized_products.py`).
+
+The integers and their scales are constants. Gradients pass through them, to LoRAs beside them (`zamba2_jax.lora`, arXiv
+2305.14314) and to what is not quantised.
 """
 
 import copy
@@ -49,7 +52,7 @@ def check_quantize(quantize: str | None) -> None:
 
 
 def quantize(model: Model, quantize: str) -> Model:
-    """A model whose matrices are integers of 8 or 4 bits, for inference.
+    """A model whose matrices are integers of 8 or 4 bits, which run, take LoRAs (`add_lora`), and are not trained.
 
     The given model stays as it is; the arrays of what is not quantised are shared with it. To load a large checkpoint
     use `from_pretrained(..., quantize=...)`, which never holds the whole of it in full precision.

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import zamba2_jax
 from convert.cli import main
@@ -44,6 +46,27 @@ def pair(root, tmp_path_factory):
     source, target = saved(root, "7B"), tmp_path_factory.mktemp("converted") / "orbax"
     assert main(["from-hf", str(source), str(target)]) == 0
     return source, target
+
+
+def test_a_classifiers_lora(root, tmp_path, run):
+    """Merged into the checkpoint that its training began with, which had other labels, and no head."""
+    base, directory = saved(root, "1.2B"), tmp_path / "run"
+    labels = {0: "no", 1: "perhaps", 2: "yes"}
+    config = zamba2_jax.Zamba2Config.from_pretrained(base)
+    config = config.replace(id2label=labels, problem_type="single_label_classification")
+    model = zamba2_jax.Zamba2ForSequenceClassification(config, rngs=nnx.Rngs(1))
+    zamba2_jax.add_lora(model, zamba2_jax.LoraConfig(r=2, target_modules=["in_proj"]), rngs=nnx.Rngs(2))
+    config.save_pretrained(directory)
+    zamba2_jax.save_lora(model, directory / "adapter")
+    started = {"command": "classify", "options": {"model": str(base), "quantize": "int8"}}
+    (directory / "run.json").write_text(json.dumps(started))
+    code, out, _ = run("to-hf", directory, tmp_path / "hf")
+    assert (code, f"{base} with the LoRA of {directory} merged into it" in out) == (0, True)
+    merged = zamba2_jax.Zamba2ForSequenceClassification.from_pretrained(tmp_path / "hf")
+    assert (merged.config.id2label, merged.config.problem_type) == (labels, "single_label_classification")
+    np.testing.assert_array_equal(merged.score.kernel[...], model.score.kernel[...])
+    # B is zero, so that nothing was added to the weights, which were never rounded.
+    assert same(merged.model, zamba2_jax.Zamba2Model.from_pretrained(base))
 
 
 def test_there_and_back(root, tmp_path, run):

@@ -304,27 +304,64 @@ class TestComputation:
         merge_lora(stepped)
         assert_close(call(stepped).logits, logits)
 
-    @pytest.mark.parametrize("bits", ["int8", "int4"])
-    def test_beside_quantized_weights(self, bits):
-        """Outputs are those of the model whose weights are the rounded ones; it is for inference, as it was before."""
-        small = quantize(make(), bits)
-        dense = make()
-        for path in quantized_modules(dense, bits):
-            module, rounded = (functools.reduce(_child, path, model) for model in (dense, small))
-            (module.embedding if hasattr(module, "embedding") else module.kernel).set_value(rounded.matrix())
-        for model in (small, dense):
-            with_lora(model, target_modules=["in_proj", "q_proj", "linear", "gate_up_adapter"])
-        assert lora_coverage(small) == lora_coverage(dense)
-        assert relative_error(call(small).logits, call(dense).logits) < 1e-4
-        with pytest.raises(ValueError, match="gradients do not pass through its int8 and int4 weights"):
-            gradient(small)
-        with pytest.raises(ValueError, match=f"the model is quantized to {bits}: a LoRA added to its weights"):
-            merge_lora(small)
-
     def test_float32_beside_a_bfloat16_model(self):
         model = with_lora(make(dtype=jnp.bfloat16))
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))} == {jnp.dtype("float32")}
         assert call(model).logits.dtype == jnp.bfloat16
+
+
+class TestBesideQuantizedWeights:
+    """What a quantised model does is what the model does whose matrices are the rounded ones."""
+
+    # Two equal layers, so that scanned ones are stacked; a head of its own, so that the loss reads a QuantizedLinear
+    # too; weights so large that queries and keys matter.
+    CONFIG = SMALL.replace(
+        num_hidden_layers=2,
+        layers_block_type=["hybrid"] * 2,
+        tie_word_embeddings=False,
+        add_bias_linear=True,
+        initializer_range=0.1,
+    )
+
+    @pytest.fixture(scope="class")
+    def quantized(self):
+        return {
+            bits: with_lora(
+                quantize(make(config=self.CONFIG), bits),
+                target_modules=["in_proj", "out_proj", "q_proj", "down_proj", "linear", "gate_up_adapter"],
+            )
+            for bits in ("int8", "int4")
+        }
+
+    @pytest.mark.parametrize(("bits", "policy"), [("int8", "none"), ("int4", "layer")])
+    def test_gradients(self, quantized, bits, policy):
+        small, dense = nnx.clone(quantized[bits]), make(config=self.CONFIG)
+        for path in quantized_modules(dense, bits):
+            module, rounded = (functools.reduce(_child, path, model) for model in (dense, small))
+            (module.embedding if hasattr(module, "embedding") else module.kernel).set_value(rounded.matrix())
+        with_lora(dense, target_modules=list(small.lora_config.target_modules))
+        assert lora_coverage(small) == lora_coverage(dense)
+        small.gradient_checkpointing_enable(policy)
+        for model in (small, dense):
+            model.scan_layers_enable()
+        actual, wanted = gradient(small), gradient(dense)
+        assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+            assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(other)
+
+    def test_neither_integers_nor_scales_are_trained(self, quantized):
+        for small in quantized.values():
+            trained = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(small, trainable(small)))}
+            assert not trained & {"values", "scale"}
+            graphdef, scales, rest = nnx.split(small, lambda path, leaf: path[-2:] == ("linear", "scale"), ...)
+            assert len(jax.tree.leaves(scales)) == 2
+            with pytest.raises(ValueError, match="scales of int8 and int4 weights are constants"):
+                _gradient(graphdef, scales, rest, None)
+
+    def test_merging_is_refused(self, quantized):
+        for bits, small in quantized.items():
+            with pytest.raises(ValueError, match=f"the model is quantized to {bits}: a LoRA added to its weights"):
+                merge_lora(small)
 
 
 def _child(module, name):

@@ -1,4 +1,5 @@
-"""Weights as int8 and int4: rounding, and products with them, against the dense matrix that they stand for."""
+"""Weights as int8 and int4: rounding, products with them, and these products' gradients, against the dense matrix that
+they stand for."""
 
 import functools
 
@@ -11,13 +12,12 @@ import pytest
 from zamba2_jax.ops.quantized import (
     dequantize_int4,
     dequantize_int8,
-    dot_int4,
-    dot_int8,
     group_size,
     quantize_int4,
     quantize_int8,
     take_int8,
 )
+from zamba2_jax.ops.quantized_products import IMPLEMENTATIONS, dot_int4, dot_int8
 
 
 def normal(*shape, seed=0):
@@ -83,13 +83,12 @@ class TestRounding:
             quantize_int8(np.ones((4, 4), np.int32), axis=0)
 
 
-IMPLEMENTATIONS = ("fused", "blocked")
+# Blocks of one row or group, and of some: also of so many that the last block is smaller.
+WAYS = pytest.mark.parametrize(("implementation", "block"), [("fused", 1), ("blocked", 1), ("blocked", 400)])
 
 
-@pytest.mark.parametrize(("implementation", "block"), [("fused", 1), ("blocked", 1), ("blocked", 400)])
+@WAYS
 class TestProducts:
-    """Blocks of one row or group, and of some."""
-
     @pytest.mark.parametrize("out", [(6,), (2, 5)])
     def test_int8(self, implementation, block, out):
         values, scale = quantize_int8(normal(96, *out), axis=0)
@@ -101,7 +100,7 @@ class TestProducts:
             np.testing.assert_allclose(y, wanted, atol=3e-6 * 96**0.5)
 
     def test_int8_by_rows(self, implementation, block):
-        values, scale = quantize_int8(normal(101, 32), axis=1)  # a prime: the last block overlaps
+        values, scale = quantize_int8(normal(101, 32), axis=1)  # a prime: the last block is smaller
         x = normal(2, 3, 32, seed=1)
         y = dot_int8(x, values, scale, axis=1, implementation=implementation, block=block)
         np.testing.assert_allclose(y, x @ np.asarray(dequantize_int8(values, scale, axis=1)).T, atol=2e-5)
@@ -130,12 +129,127 @@ class TestProducts:
         assert np.abs(np.asarray(y4, np.float64) - wanted4).max() < 2**-8 * np.abs(wanted4).max() + 2**-8 * 256**0.5
 
 
+def slopes(dot, dense, x):
+    """A slope of y = dot(x); what reverse mode makes of it; and what that is, exactly, for y = x dense."""
+    y, pull = jax.vjp(dot, x)
+    slope = normal(*y.shape, seed=2).astype(y.dtype)
+    axes = (tuple(range(x.ndim - 1, y.ndim)), tuple(range(1, dense.ndim)))
+    return slope, pull(slope)[0], np.tensordot(slope.astype(np.float64), np.asarray(dense, np.float64), axes)
+
+
+@WAYS
+class TestGradients:
+    """With respect to x."""
+
+    @pytest.mark.parametrize("out", [(6,), (2, 5)])
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_by_columns(self, implementation, block, out, bits):
+        weight, way = normal(192, *out), {"implementation": implementation, "block": block}
+        values, scale = quantize_int8(weight, axis=0) if bits == 8 else quantize_int4(weight)
+        dense = dequantize_int8(values, scale, axis=0) if bits == 8 else dequantize_int4(values, scale)
+
+        def dot(x):
+            return dot_int8(x, values, scale, axis=0, **way) if bits == 8 else dot_int4(x, values, scale, **way)
+
+        for leading in ((), (2, 3)):
+            _, actual, wanted = slopes(dot, dense, normal(*leading, 192, seed=1))
+            assert actual.dtype == jnp.float32
+            np.testing.assert_allclose(actual, wanted, atol=3e-6 * 10**0.5)
+
+    def test_int8_by_rows(self, implementation, block):
+        """The head's."""
+        values, scale = quantize_int8(normal(101, 32), axis=1)
+        dense = dequantize_int8(values, scale, axis=1).T
+
+        def dot(x):
+            return dot_int8(x, values, scale, axis=1, implementation=implementation, block=block)
+
+        _, actual, wanted = slopes(dot, dense, normal(2, 3, 32, seed=1))
+        np.testing.assert_allclose(actual, wanted, atol=3e-6 * 101**0.5)
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_bfloat16(self, implementation, block, bits):
+        """Rounded are one operand of each product of numbers (int8: the slope times its scale; int4: the weight) and
+        the result, by 2^-9 of their size at most."""
+        weight, way = normal(256, 40), {"implementation": implementation, "block": block}
+        matrix = quantize_int8(weight, axis=0) if bits == 8 else quantize_int4(weight)
+        dense = dequantize_int8(*matrix, axis=0) if bits == 8 else dequantize_int4(*matrix)
+
+        def dot(x):
+            return dot_int8(x, *matrix, axis=0, **way) if bits == 8 else dot_int4(x, *matrix, **way)
+
+        slope, actual, wanted = slopes(dot, dense, normal(3, 256, seed=1).astype(ml_dtypes.bfloat16))
+        assert actual.dtype == jnp.bfloat16
+        size = np.abs(slope.astype(np.float64)) @ np.abs(np.asarray(dense, np.float64)).T
+        assert (np.abs(np.asarray(actual, np.float64) - wanted) < 1.01 * 2**-8 * size).all()
+
+
+class TestConstants:
+    """Integers and scales: nothing is differentiated in them, wherever the product stands."""
+
+    @pytest.fixture(scope="class")
+    def matrices(self):
+        return quantize_int8(normal(64, 64), axis=0), quantize_int4(normal(64, 64))
+
+    def loss(self, x, matrices, implementation):
+        """Of two products in a scan whose body is rematerialised, and jitted inside."""
+        x, _ = jax.lax.scan(
+            jax.checkpoint(lambda x, matrix: (self.product(x, matrix, implementation), None)),
+            x,
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *[matrices] * 2),
+        )
+        return jnp.sum(x**2)
+
+    def product(self, x, matrix, implementation):
+        if matrix[0].dtype == jnp.int8:
+            return dot_int8(x, *matrix, axis=0, implementation=implementation)
+        return dot_int4(x, *matrix, implementation=implementation)
+
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_a_scales_gradient_is_refused_and_an_inputs_is_not(self, matrices, implementation, index):
+        x, matrix = normal(3, 64), matrices[index]
+        dense = dequantize_int8(*matrix, axis=0) if index == 0 else dequantize_int4(*matrix)
+        actual = jax.jit(jax.grad(self.loss), static_argnums=2)(x, matrix, implementation)
+        wanted = jax.grad(lambda x: jnp.sum((x @ dense @ dense) ** 2))(x)
+        np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
+        values, scale = matrix
+        for loss in (self.loss, lambda *a: self.product(*a).astype(jnp.float32).sum()):
+            with pytest.raises(ValueError, match=r"scales of int8 and int4 weights are constants.*without quantize="):
+                jax.grad(lambda scale, loss=loss: loss(x, (values, scale), implementation))(scale)
+
+    def test_other_readers_of_scales(self, matrices):
+        (eight, scale), (four, scales) = matrices
+        for read in (
+            lambda s: take_int8(eight, s, np.array([1, 2])),
+            lambda s: dequantize_int8(eight, s, axis=0),
+            lambda s: dequantize_int4(four, s * scales),
+        ):
+            with pytest.raises(ValueError, match="scales of int8 and int4 weights are constants"):
+                jax.grad(lambda s, read=read: read(s).sum())(jnp.ones_like(scale))
+
+    def test_integers_have_no_gradient(self, matrices):
+        x = normal(3, 64)
+        for matrix in matrices:
+            grad = jax.grad(lambda v, m=matrix: self.product(x, (v, m[1]), None).sum(), allow_int=True)(matrix[0])
+            assert grad.dtype == jax.dtypes.float0
+
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_nothing_is_kept_for_the_way_back(self, matrices, implementation):
+        """But the integers and scales themselves: neither x nor a widened matrix."""
+        for matrix in matrices:
+            _, pull = jax.vjp(lambda x, m=matrix: self.product(x, m, implementation), normal(3, 64))
+            kept = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(pull)}
+            assert kept == {(leaf.shape, leaf.dtype) for leaf in matrix}
+
+
 class TestMemory:
     """Widened integers never stand beside the integers: 4 and 8 times their size in float32."""
 
     @pytest.mark.parametrize("outputs", [(1024,), (2, 512)])
     @pytest.mark.parametrize("bits", [8, 4])
-    def test_no_widened_matrix_is_kept(self, bits, outputs):
+    @pytest.mark.parametrize("way", ["forward", "back"])
+    def test_no_widened_matrix_is_kept(self, bits, outputs, way):
         weight = jax.ShapeDtypeStruct((2048, *outputs), jnp.bfloat16)
         arrays = jax.eval_shape(lambda w: quantize_int8(w, axis=0) if bits == 8 else quantize_int4(w), weight)
         temporary = {}
@@ -146,7 +260,11 @@ class TestMemory:
                     return dot_int8(x, values, scale, axis=0, implementation=implementation, block=1 << 16)
                 return dot_int4(x, values, scale, implementation=implementation, block=1 << 16)
 
-            compiled = jax.jit(product).lower(jax.ShapeDtypeStruct((1, 1, 2048), jnp.bfloat16), *arrays).compile()
+            def back(x, values, scale, product=product):
+                return jax.grad(lambda x: jnp.sum(product(x, values, scale) ** 2).astype(jnp.float32))(x)
+
+            program = jax.jit(product if way == "forward" else back)
+            compiled = program.lower(jax.ShapeDtypeStruct((1, 1, 2048), jnp.bfloat16), *arrays).compile()
             temporary[implementation] = compiled.memory_analysis().temp_size_in_bytes
         widened = 4 * 2048 * 1024
         assert temporary["blocked"] < widened / 4
@@ -179,20 +297,6 @@ def test_rows_are_taken():
     np.testing.assert_array_equal(take_int8(values, scale, rows), dequantize_int8(values, scale, axis=1)[rows])
 
 
-def test_no_gradient_passes():
-    x = normal(3, 64)
-    eight, four, rows = quantize_int8(normal(64, 4), axis=0), quantize_int4(normal(64, 4)), np.array([1, 2])
-    for implementation in IMPLEMENTATIONS:
-        with pytest.raises(ValueError, match="without quantize= to train"):
-            jax.grad(lambda x, i=implementation: dot_int8(x, *eight, axis=0, implementation=i).sum())(x)
-        with pytest.raises(ValueError, match="without quantize= to train"):
-            jax.grad(lambda x, i=implementation: dot_int4(x, *four, implementation=i).sum())(x)
-    with pytest.raises(ValueError, match="without quantize= to train"):
-        jax.grad(lambda scale: take_int8(eight[0], scale, rows).sum())(jnp.ones(64))
-    with pytest.raises(ValueError, match="without quantize= to train"):
-        jax.grad(lambda scale: dequantize_int8(eight[0], scale, axis=0).sum())(eight[1])
-
-
 def test_arguments_that_do_not_fit_are_named():
     x = normal(3, 64)
     eight, four = quantize_int8(normal(64, 4), axis=0), quantize_int4(normal(64, 4))
@@ -210,5 +314,9 @@ def test_arguments_that_do_not_fit_are_named():
         dot_int4(x, eight[0], four[1])
     with pytest.raises(ValueError, match="values is uint8"):
         dot_int8(x, *four, axis=0)
+    with pytest.raises(
+        ValueError, match=r"values is int8\(4, 2, 64\), axis 2; it must be int8, \(in, \*out\) for axis 0"
+    ):
+        dot_int8(x, np.ones((4, 2, 64), np.int8), np.ones((4, 2), np.float32), axis=2)
     with pytest.raises(ValueError, match="x has dtype int32"):
         dot_int8(np.ones((3, 64), np.int32), *eight, axis=0)

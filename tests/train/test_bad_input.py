@@ -6,11 +6,15 @@ import threading
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from tests.train.conftest import CONFIG
 from train import classification, cli
-from train.options import FinetuneOptions, ProcessOptions, RunOptions, check_options
+from train.options import ClassifyOptions, FinetuneOptions, ProcessOptions, RunOptions, check_options
+from train.plan import PlanOptions
 from train.preset_file import defaults_from_preset
 from train.processes import Job, find_job, roll_call
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,15 @@ def test_a_vocabulary_that_does_not_fit(workspace, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert workspace.train("pretrain", tmp_path / "run", model=tmp_path / "config.json") == 2
     assert "vocabulary does not fit the model" in capsys.readouterr().err
+
+
+def test_widths_that_int4_does_not_suit(workspace, tmp_path, capsys):
+    config = Zamba2Config(**CONFIG | {"hidden_size": 12, "n_mamba_heads": 4})
+    Zamba2ForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "model")
+    options = {"model": tmp_path / "model", "lora_rank": 2, "quantize": "int4"}
+    assert workspace.train("finetune", tmp_path / "run", **options) == 2
+    assert "int4 needs input widths that are multiples of 8, which these are not" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_option(workspace, tmp_path, capsys):
@@ -95,6 +108,20 @@ class TestOptions:
     def test_lora_options_need_a_rank(self, tmp_path):
         with pytest.raises(ValueError, match="--lora-alpha needs --lora-rank"):
             check_options(FinetuneOptions(model="m", data=("d",), output=tmp_path / "run", steps=1, lora_alpha=4.0))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"quantize": "int8"}, "--quantize int8 needs --lora-rank: integers are not trained"),
+            ({"quantize": "int2", "lora_rank": 2}, "--quantize must be int8 or int4, got int2"),
+        ],
+    )
+    def test_integers(self, tmp_path, changes, message):
+        run = {"model": "m", "data": ("d",), "output": tmp_path / "run", "steps": 1}
+        plan = {"model": "1.2b", "topology": "h100:1"}
+        for kind, options in ((FinetuneOptions, run), (ClassifyOptions, run), (PlanOptions, plan)):
+            with pytest.raises(ValueError, match=message):
+                check_options(kind(**options, **changes))
 
     def test_every_fault_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=r"--steps must be positive.*--keep-last must be positive"):

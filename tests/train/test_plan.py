@@ -1,5 +1,6 @@
 """`train plan` without the TPU compiler, but for the last test: bytes by kind, the search, the estimate, the words."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh
 
 from bench.sizes import TINY
@@ -16,7 +18,7 @@ from train import plan
 from train.options import FinetuneOptions, PretrainOptions
 from train.plan import PlanOptions, bytes_by_kind, estimate, largest_batch, make_step
 from train.preset_file import PRESETS, defaults_from_preset, read_preset
-from zamba2_jax import Zamba2Config
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM, quantize
 from zamba2_jax.sharding import MESH_AXES, check_mesh, make_mesh, mesh_sizes
 from zamba2_jax.tpu_slices import parse_slice
 
@@ -67,6 +69,22 @@ def test_bytes_by_kind_are_of_one_device(small):
     assert whole["batch"] == parts["batch"] == 3 * 256 * 4
     assert parts["parameters"] < whole["parameters"] / 3  # norms and adapters of so small a model stay whole
     assert parts["optimiser"] == 2 * parts["parameters"] + 4
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bytes_of_integers(small, kind):
+    """Those of all arrays of the model without its LoRAs; beside them, a copy of the head alone is reckoned with."""
+    asked = options(small, lora_rank=2, topology="h100:1")
+    program, config = make_step(asked, abstract_mesh("auto", 1)), plan.config_of(small)
+    with_integers = dataclasses.replace(asked, quantize=kind)
+    smaller = make_step(with_integers, abstract_mesh("auto", 1))
+    before, after = estimate(asked, config, program), estimate(with_integers, config, smaller)
+    model = nnx.eval_shape(lambda: quantize(Zamba2ForCausalLM(config, rngs=nnx.Rngs(0)), kind))
+    arrays = jax.tree.leaves(nnx.state(model))
+    assert after["frozen parameters"] == sum(array.size * array.dtype.itemsize for array in arrays)
+    assert after["frozen parameters"] < {"int8": 0.5, "int4": 0.4}[kind] * before["frozen parameters"]
+    assert after["loss"] - before["loss"] == 4 * config.vocab_size * config.hidden_size
+    assert {name for name in after if after[name] != before[name]} == {"frozen parameters", "loss"}
 
 
 # ---- the batch that fits
@@ -260,6 +278,16 @@ def test_the_estimate_against_a_compiler(model, count, rows, length, scan, neede
     changes = {"batch_size": rows, "seq_len": length, "scan_layers": scan, "dtype": "bfloat16"}
     estimated = total(model, count=count, gradient_checkpointing="layer", **changes)
     assert 0.75 < estimated / needed < 1.35
+
+
+def test_a_7b_model_of_integers_should_fit_on_24_gb(tmp_path, capsys):
+    """The figures of docs/training.md."""
+    command = ["--model", "7b", "--topology", "rtx4090:1", "--lora-rank", "8", "--quantize", "int4", "--no-search"]
+    command += ["--batch-size", "1", "--seq-len", "2048", "--gradient-checkpointing", "layer"]
+    assert plan.main([*command, "--output", str(tmp_path / "plan.json")]) == 0
+    assert "7b, LoRA of rank 8 beside int4 matrices, on rtx4090:1" in capsys.readouterr().out
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert [round(size / 1e9, 1) for size in (result["bytes"], result["kinds"]["frozen parameters"])] == [9.3, 4.1]
 
 
 def test_the_estimate_is_marked_and_finds_a_batch(capsys):

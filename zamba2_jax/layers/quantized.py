@@ -1,7 +1,5 @@
-"""Linear and Embed over int8 or int4 weights, for inference: the modules that `zamba2_jax.quantize` puts in their
-place."""
-
-from typing import Any
+"""Linear and Embed over int8 or int4 weights, which are not trained: the modules that `zamba2_jax.quantize` puts in
+their place."""
 
 import jax
 from flax import nnx
@@ -11,12 +9,12 @@ from zamba2_jax.layers.linear import Embed, Linear, look_up
 from zamba2_jax.ops.quantized import (
     dequantize_int4,
     dequantize_int8,
-    dot_int4,
-    dot_int8,
     quantize_int4,
     quantize_int8,
+    scale_axes,
     take_int8,
 )
+from zamba2_jax.ops.quantized_products import dot_int4, dot_int8
 
 
 class QuantizedWeight(nnx.Variable):
@@ -24,7 +22,7 @@ class QuantizedWeight(nnx.Variable):
 
 
 class QuantizedLinear(nnx.Module):
-    """y = x W (+ bias), W of shape (in, *out) as integers: `zamba2_jax.layers.linear.Linear` for inference.
+    """y = x W (+ bias), W of shape (in, *out) as integers: `zamba2_jax.layers.linear.Linear` whose W is a constant.
 
     Attributes:
         values: int8 (in, *out), or uint8 (in / 2, *out) with two int4 to a byte.
@@ -40,11 +38,11 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., *out), in the compute dtype."""
-        x = x.astype(self.dtype)
+        x, axes = x.astype(self.dtype), self.values.get_metadata("out_sharding")
         if self.bits == 8:
-            y = dot_int8(x, self.values[...], self.scale[...], axis=0)
+            y = dot_int8(x, self.values[...], self.scale[...], axis=0, axes=axes)
         else:
-            y = dot_int4(x, self.values[...], self.scale[...])
+            y = dot_int4(x, self.values[...], self.scale[...], axes=axes)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     def matrix(self) -> jax.Array:
@@ -55,7 +53,7 @@ class QuantizedLinear(nnx.Module):
 
 
 class QuantizedEmbed(nnx.Module):
-    """Token embedding of int8 rows, and the head tied to it: `zamba2_jax.layers.linear.Embed` for inference.
+    """Token embedding of int8 rows, and the head tied to it: `zamba2_jax.layers.linear.Embed` as a constant.
 
     Attributes:
         values: int8 (v, d).
@@ -72,7 +70,8 @@ class QuantizedEmbed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., d) -> (..., v): scores against every embedding."""
-        return dot_int8(x.astype(self.dtype), self.values[...], self.scale[...], axis=1)
+        axes = self.values.get_metadata("out_sharding")
+        return dot_int8(x.astype(self.dtype), self.values[...], self.scale[...], axis=1, axes=axes)
 
     def matrix(self) -> jax.Array:
         """The embeddings as an array (v, d) in the compute dtype, which takes the memory that quantisation saved."""
@@ -86,7 +85,7 @@ def quantize_weight(weight: jax.Array, bits: int, *, axis: int) -> tuple[jax.Arr
     if isinstance(sharding, NamedSharding):
         spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
         values = jax.device_put(values, sharding)
-        scale = jax.device_put(scale, NamedSharding(sharding.mesh, PartitionSpec(*_scale_axes(spec, bits, axis))))
+        scale = jax.device_put(scale, NamedSharding(sharding.mesh, PartitionSpec(*scale_axes(spec, bits, axis))))
     return values, scale
 
 
@@ -95,10 +94,5 @@ def _variables(weight: nnx.Param, bits: int, *, axis: int) -> tuple[QuantizedWei
     arrays = quantize_weight(weight[...], bits, axis=axis)
     return tuple(
         QuantizedWeight(array, out_sharding=names, eager_sharding=False)
-        for array, names in zip(arrays, (axes, _scale_axes(axes, bits, axis)), strict=True)
+        for array, names in zip(arrays, (axes, scale_axes(axes, bits, axis)), strict=True)
     )
-
-
-def _scale_axes(axes: tuple[Any, ...], bits: int, axis: int) -> tuple[Any, ...]:
-    # int4: a device's share of the inputs need not hold whole groups; each device has the scales of all of them.
-    return (None, *axes[1:]) if bits == 4 else axes[:axis] + axes[axis + 1 :]

@@ -27,8 +27,8 @@ def add_lora(
 
     The new parameters are `nnx.LoRAParam`s beside the model's own, which keep their names; `trainable` selects them.
     They are split over the devices of a model that is, and work under `nnx.eval_shape` and `jax.jit`. Decoding on a
-    GPU takes the layers' plain form until they are merged (`merge_lora`). Beside quantised weights (`quantize`) they
-    are for inference, as these are: gradients do not pass through a quantised model.
+    GPU takes the layers' plain form until they are merged (`merge_lora`). They can be trained beside quantised weights
+    (`quantize`), but not merged into these.
 
     Args:
         model: one of the three models, without LoRAs.

@@ -43,8 +43,8 @@ def merge_lora(model: nnx.Module, *, raise_adapter_rank: bool = False) -> None:
     quantized = quantization(model)
     if quantized is not None:
         raise ValueError(
-            f"the model is quantized to {quantized}: a LoRA added to its weights would be rounded with them. Load the "
-            "model without quantize=, merge the LoRA into that, and quantize the result."
+            f"the model is quantized to {quantized}: a LoRA added to its weights would be rounded with them. Save the "
+            "LoRA (save_lora), load the model without quantize=, load_lora and merge there, and quantize the result."
         )
     found = [(site, site.find(model)) for site in sites(model, model.lora_config.shared)]
     found = [(site, lora) for site, lora in found if lora is not None]
