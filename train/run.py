@@ -46,6 +46,7 @@ class Task(Protocol):
     count: Count
     kind: str  # of checkpoints: "params" or "lora"
     data_fingerprint: str | None
+    evaluates: bool  # whether there is something to evaluate at the end: held-out data, or else the training data
 
     def summary(self) -> str: ...
 
@@ -155,7 +156,8 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
 
                 last = step == options.steps or stop.requested(step)
                 evaluated = None
-                if options.eval_data and (step % (options.eval_every or options.save_every) == 0 or last):
+                due = options.eval_data and step % (options.eval_every or options.save_every) == 0
+                if due or (last and task.evaluates):
                     read_metrics()
                     if not stop.seen:  # who asks to stop may not wait for long
                         evaluated = task.evaluate(program, state.params, frozen)
@@ -167,10 +169,11 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
                 if step % options.save_every == 0 or last:
                     read_metrics()
                     reporter.flush()
-                    mean = float(np.mean(losses)) if not options.eval_data else None
-                    checkpoints.save(
-                        step, state, batches.get_state(), evaluated["loss"] if evaluated is not None else mean
-                    )
+                    if options.eval_data:
+                        loss = None if evaluated is None else evaluated["loss"]
+                    else:
+                        loss = float(np.mean(losses))
+                    checkpoints.save(step, state, batches.get_state(), loss)
                     losses.clear()
                     saved = step
                     reporter.restart_clock()
