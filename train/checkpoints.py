@@ -25,6 +25,18 @@ from zamba2_jax.checkpoint.files import CHECKPOINTS
 from zamba2_jax.checkpoint.orbax import one_report
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, but for a question that is the training loop's to ask.
+
+    Orbax asks JAX about a termination, too: at every save and, in a thread, of the step saved when it is on disk. JAX
+    takes the last step that it was asked about for the one that a process has reached. Told an earlier one, it can
+    agree with the other processes on a step that is over: this one would never stop there, and they would wait for it.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run, written in the background.
 
@@ -47,7 +59,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             (directory / CHECKPOINTS).absolute(),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in (kind, "optimizer", "progress")},

@@ -154,7 +154,7 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
                 read_metrics()
                 pending = (step, metrics)
 
-                last = step == options.steps or stop.requested(step)
+                last = stop.requested() or step == options.steps
                 evaluated = None
                 due = options.eval_data and step % (options.eval_every or options.save_every) == 0
                 if due or (last and task.evaluates):
@@ -197,11 +197,13 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
 class StopRequest:
     """SIGTERM and Ctrl-C, remembered until a step is done. A second Ctrl-C ends the process at once.
 
-    In a job of several processes SIGTERM is JAX's: it makes all agree on the step to stop at, whichever was told.
+    In a job of several processes SIGTERM is JAX's, from the moment that they are connected: it makes all agree on the
+    step to stop at, the next that none of them has begun, whichever was told.
     """
 
     def __init__(self) -> None:
         self.seen = False
+        self._steps = 0  # made by this process, not by the run: what is agreed on may date from before the first
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -219,10 +221,12 @@ class StopRequest:
             raise KeyboardInterrupt
         self.seen = True
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; every process gets the same answer."""
+    def requested(self) -> bool:
+        """Whether to stop after the step just made. To be asked after each; every process gets the same answer."""
         if jax.process_count() > 1:
-            self.seen = multihost_utils.reached_preemption_sync_point(step)
+            self._steps += 1
+            # True for one number only, the first that no process had come to.
+            self.seen = self.seen or multihost_utils.reached_preemption_sync_point(self._steps)
         return self.seen
 
 
