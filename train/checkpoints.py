@@ -9,7 +9,9 @@ has another name, and is removed by the next run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,18 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from train.step import Params, TrainState
 from zamba2_jax.checkpoint.destination import no_room
 from zamba2_jax.checkpoint.files import CHECKPOINTS
-from zamba2_jax.checkpoint.orbax import one_report
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, but for a question that is the training loop's to ask.
+
+    Orbax asks JAX about a termination, too: at every save and, in a thread, of the step saved when it is on disk. JAX
+    takes the last step that it was asked about for the one that a process has reached. Told an earlier one, it can
+    agree with the other processes on a step that is over: this one would never stop there, and they would wait for it.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -47,7 +60,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             (directory / CHECKPOINTS).absolute(),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in (kind, "optimizer", "progress")},
@@ -139,25 +152,25 @@ class Checkpoints:
         self._manager.close()
 
     def __enter__(self) -> Checkpoints:
+        self._quiet = _Quiet()
+        self._quiet.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is None:
-            self.wait()
-            self.close()
+        if error is not None:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # the error that ends the run is to be seen
+                self.close()
             return
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the error that ends the run is to be seen
-            self.close()
+        self.wait()
+        self.close()
+        self._quiet.end()  # not after a failure: threads that are still at work speak of it later
 
     @contextlib.contextmanager
     def _clear_message(self) -> Iterator[None]:
         try:
-            with one_report():
-                yield
+            yield
         except Exception as error:
-            reason, cause = None, error
-            while reason is None and cause is not None:
-                reason, cause = no_room(cause), cause.__cause__ or cause.__context__
+            reason = _why_no_room(error)
             if reason is None:
                 raise
             last = self.latest_step()
@@ -166,6 +179,43 @@ class Checkpoints:
                 f"{reason}: a checkpoint could not be written to {self._manager.directory}; {kept}. Make room and give "
                 "the same command again."
             ) from error
+
+
+def _why_no_room(error: BaseException | None) -> str | None:
+    """In words, if a full disk is behind `error`."""
+    while error is not None:
+        if (reason := no_room(error)) is not None:
+            return reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class _Quiet:
+    """Keeps a failed save to one message, that of the error which ends the run. Orbax's threads and tasks log the same
+    failure with a traceback each, and every write that was under way prints that its event loop is gone by now."""
+
+    _LOGGERS = ("absl", "asyncio")
+
+    def begin(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).addFilter(self._is_news)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._print
+
+    def end(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).removeFilter(self._is_news)
+        sys.unraisablehook = self._hook
+
+    @staticmethod
+    def _is_news(record: logging.LogRecord) -> bool:
+        if record.exc_info and _why_no_room(record.exc_info[1]):
+            return False
+        return "_SignalingThread.run() raised an exception" not in record.getMessage()  # the saving thread raises it
+
+    def _print(self, unraisable: Any) -> None:
+        """What tensorstore calls for a write that nobody waits for any more."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
 
 
 def nested(params: Params) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def _read_line(line: str, place: str) -> Example:
 
 
 def problem_of(examples: Sequence[Example]) -> str:
-    """What the labels look like: lists of names or numbers are several labels, floats a quantity."""
-    label = examples[0].label
-    if isinstance(label, list):
-        return REGRESSION if any(isinstance(value, float) for value in label) else MULTI
-    return REGRESSION if isinstance(label, float) else SINGLE
+    """What the labels look like: with a float anywhere they are quantities, of which some may be written as integers;
+    else lists are several labels."""
+    if any(isinstance(value, float) for example in examples for value in _as_list(example.label)):
+        return REGRESSION
+    return MULTI if isinstance(examples[0].label, list) else SINGLE
 
 
 def class_names(examples: Sequence[Example], config: Zamba2Config, num_labels: int | None) -> dict[int, str]:
@@ -214,13 +214,24 @@ class ClassificationTask:
         self.config = models.with_dropout(config, options)
         self.tokenizer = models.load_tokenizer(options.tokenizer, options.model)
         self.kind = "lora" if models.adapts(options) else "params"
+        self.evaluates = True
         self._dropout = models.has_dropout(self.config, options)
         self._data = self._encode(examples, labels)
-        self._eval_data = self._encode(read_examples(options.eval_data), labels) if options.eval_data else None
+        if options.eval_data:
+            self._eval_data = self._encode(read_examples(options.eval_data), labels)
+        else:
+            self._eval_data = self._some_of_data()
         self.data_fingerprint = models.fingerprint(
             [[tokens, target.tolist()] for tokens, target in zip(*self._data, strict=True)]
         )
         self._predict: Any = None
+
+    def _some_of_data(self) -> tuple[list[list[int]], np.ndarray]:
+        """Evenly from all of --data, at most as many as the steps take: that costs a part of what training does."""
+        tokens, targets = self._data
+        count = min(len(tokens), self._options.steps * self._options.batch_size)
+        chosen = np.arange(count) * len(tokens) // count
+        return [tokens[index] for index in chosen], targets[chosen]
 
     def _encode(self, examples: list[Example], labels: dict[int, str]) -> tuple[list[list[int]], np.ndarray]:
         targets = make_targets(examples, self._problem, labels)

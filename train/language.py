@@ -102,6 +102,7 @@ class LanguageTask:
         self.loss = make_loss(z_loss=options.z_loss, dropout=models.has_dropout(self.config, options))
         self.count = count_tokens
         self._data = self._open(options.data)
+        self.evaluates = bool(options.eval_data)
         self._eval_data = self._open(options.eval_data) if options.eval_data else None
         self.data_fingerprint = self._data.fingerprint
         if options.sample_every:

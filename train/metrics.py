@@ -17,6 +17,7 @@ from tqdm import tqdm
 from train.options import RunOptions
 
 METRICS, EVALUATIONS, SAMPLES, PICTURE = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "loss.png"
+TRAINED = "training"  # `data` of a line of EVALUATIONS that is of what was trained on
 
 # bfloat16 operations a second of dense matrix products, by the name that JAX gives the chip; makers' data sheets.
 PEAK_OPERATIONS = {
@@ -77,7 +78,8 @@ class Reporter:
         for line in _cut(directory / METRICS, start):
             self._remember(line)
         for line in _cut(directory / EVALUATIONS, start):
-            self._evaluations.append((line["step"], line["loss"]))
+            if line.get("data") != TRAINED:
+                self._evaluations.append((line["step"], line["loss"]))
         _cut(directory / SAMPLES, start)
         self._files = {name: (directory / name).open("a", encoding="utf-8") for name in (METRICS, EVALUATIONS, SAMPLES)}
         self._board = None
@@ -145,16 +147,23 @@ class Reporter:
             print(f"step {step}/{self._options.steps}  {numbers}  left {_clock(left)}", file=sys.stderr, flush=True)
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
-        """Of the model after `step` steps; `result` has a "loss" and what else there is."""
+        """Of the model after `step` steps; `result` has a "loss" and what else there is.
+
+        Without --eval-data it is of the training data: it is marked as such, and is no point of the held-out curve.
+        """
         if not self._enabled:
             return
-        self._write(EVALUATIONS, {"step": step, **{name: _number(value) for name, value in result.items()}})
-        self._evaluations.append((step, result["loss"]))
+        held_out = bool(self._options.eval_data)
+        mark = {} if held_out else {"data": TRAINED}
+        self._write(EVALUATIONS, {"step": step, **mark, **{name: _number(value) for name, value in result.items()}})
+        if held_out:
+            self._evaluations.append((step, result["loss"]))
         if self._board is not None:
             for name, value in result.items():
                 if isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(f"eval/{name}", value, step)
-        self.say(f"step {step}  evaluation  " + "  ".join(f"{name} {_short(value)}" for name, value in result.items()))
+                    self._board.add_scalar(f"{'eval' if held_out else 'fit'}/{name}", value, step)
+        title = "evaluation" if held_out else "evaluation on the training data (there is no --eval-data)"
+        self.say(f"step {step}  {title}  " + "  ".join(f"{name} {_short(value)}" for name, value in result.items()))
         self._last_time = time.perf_counter()
 
     def sample(self, step: int, prompt: str, text: str) -> None:

@@ -208,7 +208,8 @@ class FinetuneOptions(LoraOptions, SampleOptions, TextOptions, RunOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyOptions(LoraOptions, RunOptions):
-    """Trains a checkpoint to classify texts, and reports accuracy and F1, or the squared error.
+    """Trains a checkpoint to classify texts, and reports accuracy and F1, or the squared error: of --eval-data, or at
+    the end of the training data.
 
     python -m train classify --model Zyphra/Zamba2-1.2B --data train.jsonl --eval-data test.jsonl --steps 500 --output
     run

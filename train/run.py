@@ -46,6 +46,7 @@ class Task(Protocol):
     count: Count
     kind: str  # of checkpoints: "params" or "lora"
     data_fingerprint: str | None
+    evaluates: bool  # whether there is something to evaluate at the end: held-out data, or else the training data
 
     def summary(self) -> str: ...
 
@@ -154,9 +155,10 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
                 read_metrics()
                 pending = (step, metrics)
 
-                last = step == options.steps or stop.requested(step)
+                last = stop.requested() or step == options.steps
                 evaluated = None
-                if options.eval_data and (step % (options.eval_every or options.save_every) == 0 or last):
+                due = options.eval_data and step % (options.eval_every or options.save_every) == 0
+                if due or (last and task.evaluates):
                     read_metrics()
                     if not stop.seen:  # who asks to stop may not wait for long
                         evaluated = task.evaluate(program, state.params, frozen)
@@ -168,10 +170,11 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
                 if step % options.save_every == 0 or last:
                     read_metrics()
                     reporter.flush()
-                    mean = float(np.mean(losses)) if not options.eval_data else None
-                    checkpoints.save(
-                        step, state, batches.get_state(), evaluated["loss"] if evaluated is not None else mean
-                    )
+                    if options.eval_data:
+                        loss = None if evaluated is None else evaluated["loss"]
+                    else:
+                        loss = float(np.mean(losses))
+                    checkpoints.save(step, state, batches.get_state(), loss)
                     losses.clear()
                     saved = step
                     reporter.restart_clock()
@@ -195,11 +198,13 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
 class StopRequest:
     """SIGTERM and Ctrl-C, remembered until a step is done. A second Ctrl-C ends the process at once.
 
-    In a job of several processes SIGTERM is JAX's: it makes all agree on the step to stop at, whichever was told.
+    In a job of several processes SIGTERM is JAX's, from the moment that they are connected: it makes all agree on the
+    step to stop at, the next that none of them has begun, whichever was told.
     """
 
     def __init__(self) -> None:
         self.seen = False
+        self._steps = 0  # made by this process, not by the run: what is agreed on may date from before the first
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -217,10 +222,12 @@ class StopRequest:
             raise KeyboardInterrupt
         self.seen = True
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; every process gets the same answer."""
+    def requested(self) -> bool:
+        """Whether to stop after the step just made. To be asked after each; every process gets the same answer."""
         if jax.process_count() > 1:
-            self.seen = multihost_utils.reached_preemption_sync_point(step)
+            self._steps += 1
+            # True for one number only, the first that no process had come to.
+            self.seen = self.seen or multihost_utils.reached_preemption_sync_point(self._steps)
         return self.seen
 
 

@@ -177,10 +177,10 @@ class TestLabels:
         np.testing.assert_array_equal(
             classification.make_targets(several, classification.MULTI, {0: "a", 1: "b", 2: "c"}), [[1, 0, 1], [0, 0, 0]]
         )
-        numbers = self.examples(tmp_path, 0.5, 1)
+        numbers = self.examples(tmp_path, 1, 0.5)  # as some writers put 1.0
         assert classification.problem_of(numbers) == classification.REGRESSION
         np.testing.assert_array_equal(
-            classification.make_targets(numbers, classification.REGRESSION, {0: "x"}), [[0.5], [1.0]]
+            classification.make_targets(numbers, classification.REGRESSION, {0: "x"}), [[1.0], [0.5]]
         )
 
     def test_scores(self):

@@ -5,16 +5,19 @@ import random
 import signal
 import socket
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from jax.experimental import multihost_utils
 
 from bench import oracle
 from convert.cli import main as convert
 from tests.train.conftest import finish, lines, losses, wait_until
 from train import cli
+from train.run import StopRequest
 from zamba2_jax import Zamba2ForCausalLM
 
 
@@ -170,20 +173,49 @@ class TestGoingOn:
         assert workspace.train("pretrain", run, **self.OPTIONS) == 0
         assert losses(run) == uninterrupted
 
-    def test_two_processes_then_one(self, workspace, tmp_path):
-        """Two processes of four devices train, save and stop; one of eight goes on, on another mesh. The losses are
-        those of one process all the way."""
-        run, alone = tmp_path / "run", tmp_path / "alone"
-        options = {"schedule": "wsd", "decay_steps": 0, "warmup_steps": 0, "batch_size": 8, "seq_len": 16}
-        joined = {"coordinator_address": f"localhost:{free_port()}", "num_processes": 2, "mesh": "data=2,fsdp=4"}
-        words = workspace.arguments("pretrain", run, **options, **joined)
-        processes = [workspace.start([*words, "--process-id", str(index)], devices=4) for index in range(2)]
+    TWO = {"schedule": "wsd", "decay_steps": 0, "warmup_steps": 0, "batch_size": 8, "seq_len": 16}  # noqa: RUF012
+
+    def start_two(self, workspace, run, *, devices, **options):
+        joined = {"coordinator_address": f"localhost:{free_port()}", "num_processes": 2}
+        words = workspace.arguments("pretrain", run, **self.TWO, **joined, **options)
+        return [workspace.start([*words, "--process-id", str(index)], devices=devices) for index in range(2)]
+
+    def stop_two(self, run, processes, told):
+        """SIGTERM to the processes `told` in the middle of a run; the step that both then stopped at."""
+        wait_until(lambda: len(lines(run)) >= 5, processes[0])
+        for index in told:
+            processes[index].send_signal(signal.SIGTERM)
         outputs = [finish(process) for process in processes]
-        assert "done: 6 steps" in outputs[0]
-        assert "done" not in outputs[1]  # only process 0 speaks
-        finish(workspace.start(workspace.arguments("pretrain", run, steps=9, mesh="fsdp=8", **options), devices=8))
-        assert workspace.train("pretrain", alone, steps=9, mesh="auto", **options) == 0
+        stopped = len(losses(run))
+        assert f"asked to stop: step {stopped} is saved" in outputs[0]
+        assert "asked" not in outputs[1]  # only process 0 speaks
+        assert (run / "checkpoints" / str(stopped)).is_dir()
+        return stopped
+
+    def test_two_processes_then_one(self, workspace, tmp_path):
+        """Two processes of four devices train; one is told to stop, both save and stop. One of eight goes on, on
+        another mesh. The losses are those of one process all the way."""
+        run, alone = tmp_path / "run", tmp_path / "alone"
+        options = {"learning_rate": 1e-3}
+        processes = self.start_two(workspace, run, devices=4, steps=100_000, mesh="data=2,fsdp=4", **options)
+        steps = self.stop_two(run, processes, told=[1]) + 3
+        options |= self.TWO | {"steps": steps}
+        finish(workspace.start(workspace.arguments("pretrain", run, mesh="fsdp=8", **options), devices=8))
+        assert workspace.train("pretrain", alone, mesh="auto", **options) == 0
+        assert len(losses(run)) == steps
         np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-4)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("told", [[0], [0, 1]])
+    def test_two_processes_go_on(self, workspace, tmp_path, told):
+        """Whichever is told to stop, and whenever: the losses are, to the bit, those of two that nobody stopped."""
+        run, whole = tmp_path / "run", tmp_path / "whole"
+        steps = self.stop_two(run, self.start_two(workspace, run, devices=1, steps=100_000, mesh="fsdp=2"), told) + 3
+        for directory in (run, whole):
+            for process in self.start_two(workspace, directory, devices=1, steps=steps, mesh="fsdp=2"):
+                finish(process)
+        assert len(losses(run)) == steps
+        assert losses(run) == losses(whole)
 
     def test_a_full_disk(self, workspace, tmp_path):
         """The checkpoint before stays good, and there is a message."""
@@ -193,8 +225,8 @@ class TestGoingOn:
         words = workspace.arguments("pretrain", run, steps=6, **options)
         output = finish(workspace.start([*words, "--no-tensorboard"], largest_file=16), code=2)
         assert "the checkpoint of step 3 is complete. Make room and give the same command again" in output
-        # Orbax's threads print theirs before; the message is a line by itself.
-        assert any(line.startswith("error: the disk is full") for line in output.splitlines())
+        assert output.splitlines()[-1].startswith("error: the disk is full")
+        assert "Traceback" not in output  # of Orbax's threads, which fail for the same reason
         assert workspace.train("pretrain", run, steps=6, **options) == 0
         assert len(losses(run)) == 6
 
@@ -205,6 +237,28 @@ class TestGoingOn:
         assert "was not finite in 3 steps in a row, 2 to 4; their updates were skipped" in capsys.readouterr().err
         assert (run / "checkpoints").is_dir()
         assert [line["loss"] for line in lines(run)[1:]] == [None] * 3
+
+
+class TestTermination:
+    """What several processes agree on; that it works between them, `TestGoingOn` shows."""
+
+    def test_agreed_before_the_first_step(self, monkeypatch):
+        """A notice that comes while a checkpoint is read is about the first step after it, whatever its number."""
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        jax_agreed_on = 1
+        monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: number == jax_agreed_on)
+        stop = StopRequest()
+        assert [stop.requested() for _ in range(3)] == [True, True, True]
+
+    def test_a_step_that_is_over_is_not_agreed_on(self, workspace, tmp_path, monkeypatch):
+        """Orbax leaves it to the training loop to ask: from a thread it would ask about steps that are over."""
+
+        def ask(number):
+            raise AssertionError(f"asked about {number}")
+
+        monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", ask)
+        assert workspace.train("pretrain", tmp_path / "run", steps=6) == 0
+        assert len(losses(tmp_path / "run")) == 6
 
 
 def unfinished(run):
