@@ -9,6 +9,7 @@ python -m bench plot FILE..   draws a result file's plots again
 python -m bench parity        largest differences from PyTorch, float32, on small models of every kind
 python -m bench compiles      programs compiled for 20 prompts of 20 lengths
 python -m bench prefix        a long prefix read again, or continued from its saved cache
+python -m bench lookup        prompt-lookup decoding: tokens per call, and what such a call costs
 python -m bench full-shape    the 1.2B shape from transformers' file: logits and memory; needs 12 GB of memory
 python -m bench tpu           compiles the three shapes for TPU chips; needs libtpu, not a TPU
 Checkpoint conversion of the large shapes: python -m bench.convert_memory --help
@@ -56,6 +57,7 @@ COMMANDS = {
     "parity": _plain("parity"),
     "compiles": _plain("compiles"),
     "prefix": _with_options("prefix"),
+    "lookup": _with_options("lookup"),
     "full-shape": _plain("full_shape"),
     "tpu": _with_options("tpu"),
 }

@@ -315,6 +315,16 @@ class TestGenerate:
         assert cache.attention[0].key.sharding.shard_shape(cache.attention[0].key.shape)[::2] == (rows, heads)
         assert cache.mamba[0].ssm.sharding.shard_shape(cache.mamba[0].ssm.shape)[:2] == (rows, heads)
 
+    def test_looked_up_tokens(self):
+        graph, state = make_model()
+        mesh = make_mesh("fsdp=4,tensor=2")
+        spread = nnx.merge(graph, jax.device_put(state, param_shardings(state, mesh)))
+        prompt = np.random.default_rng(2).integers(3, CONFIG.vocab_size, (1, 5))
+        call = {"max_new_tokens": 16, "eos_token_id": None}
+        output = spread.generate(prompt, prompt_lookup_num_tokens=3, return_dict_in_generate=True, **call)
+        np.testing.assert_array_equal(output.sequences, nnx.merge(graph, state).generate(prompt, **call))
+        assert output.model_calls < 15
+
     def test_beams(self):
         graph, state = make_model()
         mesh = make_mesh("fsdp=4,tensor=2")

@@ -36,6 +36,7 @@ def check_inputs(
     past_key_values: Zamba2Cache | None,
     inputs_embeds: ArrayLike | None,
     segment_ids: ArrayLike | None,
+    tentative: bool = False,
 ) -> ModelInputs:
     """The inputs of `Zamba2Model.__call__`, checked.
 
@@ -69,6 +70,11 @@ def check_inputs(
                 "segment_ids do not go with past_key_values: a packed row holds several documents, and only one could "
                 "continue. Run packed rows without a cache."
             )
+    if tentative:
+        if past_key_values is None:
+            raise ValueError("tentative=True needs past_key_values, a cache for its tokens to be taken back from.")
+        if attention_mask is not None:
+            raise ValueError("tentative=True takes no attention_mask: which of its tokens count is decided afterwards.")
     return ModelInputs(
         batch_size=batch_size,
         length=length,

@@ -44,6 +44,7 @@ from zamba2_jax.ops.losses import (
 from zamba2_jax.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from zamba2_jax.quantization import weight_itemsize
 from zamba2_jax.sharding import constrain
+from zamba2_jax.tentative import TentativeCache
 from zamba2_jax.tokens import TokenLayout
 
 CLASSIFICATION_LOSSES = {
@@ -284,6 +285,7 @@ class Zamba2Model(PretrainedModel):
         output_hidden_states: bool = False,
         cache_length: int | None = None,
         dropout_key: jax.Array | None = None,
+        tentative: bool = False,
     ) -> BaseModelOutputWithPast:
         """Runs the model; pure, eager or under jit.
 
@@ -305,6 +307,9 @@ class Zamba2Model(PretrainedModel):
             cache_length: slots of the cache that `use_cache=True` makes; None is `config.max_position_embeddings`.
             dropout_key: a `jax.random` key turns `config.attention_dropout` on, and the dropout of a LoRA
                 (`zamba2_jax.add_lora`), as in training. None: no dropout.
+            tentative: it is decided afterwards how many of the tokens count, in each row: what comes back in place of
+                the cache is a `zamba2_jax.tentative.TentativeCache`, whose `keep` makes one. For guesses that the
+                scores confirm or not. Needs `past_key_values`.
 
         Raises:
             ValueError: before anything runs, for inputs that contradict each other, have the wrong shape, hold ids
@@ -312,10 +317,24 @@ class Zamba2Model(PretrainedModel):
                 under jit.
         """
         inputs = check_inputs(
-            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, segment_ids
+            self.config,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            segment_ids,
+            tentative,
         )
         return self.run(
-            inputs, past_key_values, use_cache, output_attentions, output_hidden_states, cache_length, dropout_key
+            inputs,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            cache_length,
+            dropout_key,
+            tentative,
         )
 
     def run(
@@ -327,6 +346,7 @@ class Zamba2Model(PretrainedModel):
         output_hidden_states: bool,
         cache_length: int | None,
         dropout_key: jax.Array | None,
+        tentative: bool = False,
     ) -> BaseModelOutputWithPast:
         """`__call__` for inputs that `check_inputs` has seen: models with a head check theirs together with these."""
         past = past_key_values
@@ -343,6 +363,7 @@ class Zamba2Model(PretrainedModel):
             segment_ids=inputs.segment_ids,
             position_ids=inputs.position_ids,
             first_position=None if past is None else past.next_position,
+            tentative=tentative,
         )
         slot_mask = None if past is None else _fill_slots(past, layout, inputs.length)
         context = self._attention_context(layout, past, None if empty else slot_mask, output_attentions)
@@ -367,11 +388,20 @@ class Zamba2Model(PretrainedModel):
             dropout_keys=keys[:uses],
             mamba_dropout_keys=keys[uses:],
         )
-        hidden, trail = stack.run(embedded, before, self._execution_for(past, inputs.length))
+        hidden, trail = stack.run(embedded, before, self._execution_for(past, layout))
         hidden = self.final_layernorm(hidden)
 
         present = None
-        if past is not None:
+        if tentative:
+            present = TentativeCache(
+                mamba=tuple(trail.mamba),
+                attention=tuple(trail.attention),
+                slot_mask=past.slot_mask,
+                length=past.length,
+                positions=layout.positions,
+                next_position=past.next_position,
+            )
+        elif past is not None:
             present = Zamba2Cache(
                 mamba=tuple(trail.mamba),
                 attention=tuple(trail.attention),
@@ -387,12 +417,12 @@ class Zamba2Model(PretrainedModel):
             attentions=tuple(trail.weights) if output_attentions else None,
         )
 
-    def _execution_for(self, past: Zamba2Cache | None, length: int) -> Execution:
-        """With a cache nothing is recomputed, since nothing is differentiated; one token is worth no copy of the
-        weights."""
+    def _execution_for(self, past: Zamba2Cache | None, layout: TokenLayout) -> Execution:
+        """With a cache nothing is recomputed, since nothing is differentiated; one token, or a few guessed ones, are
+        worth no copy of the weights."""
         if past is None:
             return self.execution
-        return Execution(scan=self.execution.scan and length > 1)
+        return Execution(scan=self.execution.scan and not (layout.is_step or layout.tentative))
 
     def _attention_context(
         self,
@@ -418,6 +448,7 @@ class Zamba2Model(PretrainedModel):
             first_slot=None if past is None else past.length,
             dropout_key=None,
             return_weights=output_attentions,
+            tentative=layout.tentative,
         )
 
 
@@ -454,6 +485,7 @@ class Zamba2ForCausalLM(PretrainedModel):
         logits_to_keep: int | ArrayLike = 0,
         cache_length: int | None = None,
         dropout_key: jax.Array | None = None,
+        tentative: bool = False,
     ) -> CausalLMOutputWithPast:
         """Next-token scores, and the loss if labels are given.
 
@@ -471,7 +503,14 @@ class Zamba2ForCausalLM(PretrainedModel):
             ValueError: as in `Zamba2Model.__call__`; labels of another shape; labels together with `logits_to_keep`.
         """
         inputs = check_inputs(
-            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, segment_ids
+            self.config,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            segment_ids,
+            tentative,
         )
         check_logits_to_keep(logits_to_keep, inputs)
         if labels is not None:
@@ -479,7 +518,14 @@ class Zamba2ForCausalLM(PretrainedModel):
             if np.ndim(logits_to_keep) or logits_to_keep:
                 raise ValueError("labels need the scores of every token: leave logits_to_keep at 0, or labels out.")
         outputs = self.model.run(
-            inputs, past_key_values, use_cache, output_attentions, output_hidden_states, cache_length, dropout_key
+            inputs,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            cache_length,
+            dropout_key,
+            tentative,
         )
         logits = self._head(_keep_columns(outputs.last_hidden_state, logits_to_keep))
         loss = None

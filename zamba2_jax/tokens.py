@@ -27,6 +27,8 @@ class TokenLayout:
         segment_ids: (b, l), which document of a packed row a token belongs to; None when rows are not packed.
         positions: (b, l), for the rotary embedding.
         next_position: (b,), of the token after the run.
+        tentative: whether it is decided after the call how many of its tokens count (`TentativeCache`): layers then
+            leave what it takes to say how things stand after any number of them.
     """
 
     token_mask: Bool[Array, "b l"] | None
@@ -36,6 +38,12 @@ class TokenLayout:
     segment_ids: Int[Array, "b l"] | None
     positions: Int32[Array, "b l"]
     next_position: Int32[Array, " b"]
+    tentative: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def is_step(self) -> bool:
+        """Whether there is one token per row, which counts."""
+        return self.positions.shape[1] == 1 and not self.tentative
 
     @classmethod
     def make(
@@ -47,6 +55,7 @@ class TokenLayout:
         segment_ids: Int[Array, "b l"] | None,
         position_ids: Int[Array, "b l"] | None,
         first_position: Int32[Array, " b"] | None,
+        tentative: bool = False,
     ) -> TokenLayout:
         """Positions count from `first_position` (0 without one) at the run's start, or from 0 in each segment, unless
         given."""
@@ -73,7 +82,7 @@ class TokenLayout:
             # ordinary.
             positions = first + jnp.maximum(columns - start, 0)
             next_position = first + end - start
-        return cls(token_mask, run_start, run_end, time_mask, segment_ids, positions, next_position[:, 0])
+        return cls(token_mask, run_start, run_end, time_mask, segment_ids, positions, next_position[:, 0], tentative)
 
 
 def _segment_starts(segment_ids: Int[Array, "b l"]) -> Int32[Array, "b l"]:

@@ -10,7 +10,7 @@ from zamba2_jax.layers.rope import rotate, rotation
 from zamba2_jax.ops.attention import attention
 from zamba2_jax.ops.conv import causal_conv_step
 from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu, window_gpu
-from zamba2_jax.ops.decode.cached_attention import cached_attention, in_blocks
+from zamba2_jax.ops.decode.cached_attention import cached_attention, cached_attention_of_several, in_blocks
 from zamba2_jax.ops.decode.strips_gpu import Tiling
 from zamba2_jax.ops.ssd import ssd_step, time_step
 
@@ -207,8 +207,21 @@ class TestCachedAttention:
     @SHAPES
     def test_plain_form_in_blocks(self, rows, heads, kv_heads, head_dim, slots, length):
         arguments, expected = self.case(rows, heads, kv_heads, head_dim, slots, length)
-        np.testing.assert_allclose(in_blocks(*arguments, scale=0.3, block=8), expected, **CLOSE)
+        query, key, value, slot_mask, length = arguments
+        blocks = in_blocks(query[:, None], key, value, slot_mask[:, None], length, scale=0.3, block=8)
+        np.testing.assert_allclose(blocks[:, 0], expected, **CLOSE)
         np.testing.assert_allclose(cached_attention(*arguments, scale=0.3), expected, **CLOSE)
+
+    @SHAPES
+    def test_several_tokens(self, rows, heads, kv_heads, head_dim, slots, length):
+        """Each sees the slots that its mask says, of the blocks up to the last one's."""
+        (_, key, value, mask, length), _ = self.case(rows, heads, kv_heads, head_dim, slots, length)
+        query = draw(3, rows, 3, heads, head_dim)
+        seen = mask[:, None] & (jnp.arange(slots) < jnp.maximum(length - jnp.array([[2], [1], [0]]), 1))
+        expected = attention(query, key, value, scale=0.3, mask=seen, implementation="reference")
+        np.testing.assert_allclose(in_blocks(query, key, value, seen, length, scale=0.3, block=8), expected, **CLOSE)
+        result = cached_attention_of_several(query, key, value, seen, length, scale=0.3)
+        np.testing.assert_allclose(result, expected, **CLOSE)
 
     @SHAPES
     def test_kernel(self, rows, heads, kv_heads, head_dim, slots, length):

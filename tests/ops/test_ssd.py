@@ -12,7 +12,7 @@ import torch
 from transformers.models.zamba2 import modeling_zamba2 as oracle
 
 from zamba2_jax.ops._platform import platform
-from zamba2_jax.ops.ssd import api, chunked, ssd, ssd_step, time_step
+from zamba2_jax.ops.ssd import advance_state, api, chunked, ssd, ssd_step, time_step
 from zamba2_jax.ops.ssd.api import CPU_CHUNK_SIZE, FUSED, IMPLEMENTATIONS
 
 # Float32 results are compared with float64 ones, relative to the largest entry. A sum of N products rounds to about
@@ -140,6 +140,40 @@ class TestValues:
         step_y, step_state = ssd_step(one.pop("initial_state"), **one)
         assert_near(step_y, y[:, 0], 1e-6)
         assert_near(step_state, state, 1e-6)
+
+
+class TestAdvanceState:
+    @pytest.mark.parametrize("groups", [1, 3])
+    @pytest.mark.parametrize("length", [1, 7])
+    def test_it_is_the_state_of_the_sequence(self, groups, length):
+        arguments = inputs(length, groups=groups, seed=length)
+        state = advance_state(arguments["initial_state"], *(arguments[name] for name in ("x", "dt", "A", "B")))
+        assert state.dtype == jnp.float32
+        assert_near(state, expected(arguments)[1])
+
+    def test_tokens_without_time_leave_it_alone(self):
+        arguments = inputs(7)
+        arguments["dt"][0, 3:] = arguments["dt"][1] = 0
+        state = advance_state(arguments["initial_state"], *(arguments[name] for name in ("x", "dt", "A", "B")))
+        assert_near(
+            state[0], expected(inputs(7) | {name: arguments[name][:, :3] for name in ("x", "dt", "B", "C")})[1][0]
+        )
+        np.testing.assert_array_equal(state[1], arguments["initial_state"][1])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"state": np.zeros((2, 3, 7, 5), np.float32)}, r"state has shape .* = \(2, 3, 5, 7\)"),
+            ({"x": np.zeros((2, 3, 5), np.float32)}, r"x has shape .*; it must have 4 axes, \(b, l, h, p\)"),
+            ({"dt": np.zeros((2, 3), np.float32)}, r"dt has shape \(2, 3\); it must be \(b, l, h\) = \(2, 4, 3\)"),
+            ({"B": np.zeros((2, 3, 1, 7), np.float32)}, r"B has shape \(2, 3, 1, 7\); .* = \(2, 4, 1, 7\)"),
+        ],
+    )
+    def test_bad_input(self, changes, message):
+        arguments = inputs(4)
+        given = {name: arguments[name] for name in ("x", "dt", "A", "B")} | {"state": arguments["initial_state"]}
+        with pytest.raises(ValueError, match=message):
+            advance_state(**(given | changes))
 
 
 class TestChoice:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from zamba2_jax.cache import Zamba2Cache
-from zamba2_jax.generation import beam, options, processors, programs, prompt
+from zamba2_jax.generation import beam, lookup, options, processors, programs, prompt
 from zamba2_jax.generation.options import UNSET, Options
 from zamba2_jax.generation.prompt import Prefill, PromptBatch
 from zamba2_jax.generation.stop_strings import StopStrings, stop_strings_of
@@ -34,12 +34,14 @@ class GenerateOutput(ModelOutput):
         logits: per new token (r, v) float32, the model's own; with `output_logits`.
         past_key_values: the cache, which holds all real tokens of each row of `sequences` but the row's last. Pass it
             back with a longer `input_ids`.
+        model_calls: with `prompt_lookup_num_tokens`, the calls of the model that added the tokens after the first.
     """
 
     sequences: np.ndarray
     scores: tuple[np.ndarray, ...] | None = None
     logits: tuple[np.ndarray, ...] | None = None
     past_key_values: Zamba2Cache | None = None
+    model_calls: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,8 @@ def generate(
     output_logits: bool | None = UNSET,
     prefill_chunk: int | None = UNSET,
     stop_strings: str | list[str] | None = UNSET,
+    prompt_lookup_num_tokens: int | None = UNSET,
+    max_matching_ngram_size: int | None = UNSET,
     tokenizer: Any = None,
     seed: int | None = None,
     streamer: Streamer | None = None,
@@ -150,6 +154,12 @@ def generate(
             texts of up to 1024, 4096 or more tokens, and less for many rows.
         stop_strings, tokenizer: a text or several; a row ends with the token that completes one of them, as after an
             end-of-sequence token. The tokenizer says what tokens read as. Not for beam search.
+        prompt_lookup_num_tokens: guess so many tokens at a time, by looking up where in the text so far its last tokens
+            stood before, and read the guesses in one call: the same tokens, drawn ones too, in fewer calls where the
+            text repeats itself (code, summaries, answers that quote). For one row. None: no guesses. A call of so many
+            tokens sums in another order than one of a single token, so that in bfloat16 two scores that are all but
+            equal may change places.
+        max_matching_ngram_size: the most last tokens that are looked up; then fewer, down to one. Default 2.
         seed: integer in [0, 2**32). Equal seeds draw equal tokens, streaming or not. None: a fresh one from the
             operating system.
         streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompt (b, l), then
@@ -198,6 +208,8 @@ def generate(
         "output_logits": output_logits,
         "prefill_chunk": prefill_chunk,
         "stop_strings": stop_strings,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        "max_matching_ngram_size": max_matching_ngram_size,
         **others,
     }
     if inputs_embeds is not None:
@@ -221,6 +233,11 @@ def generate(
             f"stop_strings={list(opts.stop_strings)} need tokenizer=, which says what tokens read as; "
             "stop_strings=None goes on without them."
         )
+    if opts.prompt_lookup_num_tokens and batch.input_ids.shape[0] > 1:
+        raise ValueError(
+            f"prompt_lookup_num_tokens={opts.prompt_lookup_num_tokens} is for one prompt at a time, got "
+            f"{batch.input_ids.shape[0]} rows; pass them one by one, or prompt_lookup_num_tokens=None."
+        )
     ssm_dtype = _check_ssm_dtype(ssm_dtype, past_key_values)
     plan = prompt.plan_prefill(
         batch,
@@ -228,6 +245,7 @@ def generate(
         prefill_chunk=opts.prefill_chunk,
         cache_length=cache_length,
         cache=past_key_values,
+        guesses=opts.prompt_lookup_num_tokens or 0,
     )
     copies = max(opts.num_beams, opts.num_return_sequences)
     structure, weights = programs.take_apart(model)
@@ -317,7 +335,8 @@ def _run_rows(
     copies = opts.num_return_sequences
     static, knobs = processors.split(opts, vocab_size)
     fill = 0 if opts.pad_token_id is None else opts.pad_token_id
-    buffer = prompt.token_buffer(batch, prompt.buffer_columns(batch, opts.max_new_tokens, plan), fill)
+    guesses = opts.prompt_lookup_num_tokens or 0
+    buffer = prompt.token_buffer(batch, prompt.buffer_columns(batch, opts.max_new_tokens, plan, guesses), fill)
     buffer = np.repeat(buffer, copies, axis=0)
     record = _Record(opts, (buffer.shape[0], vocab_size))
     state = programs.Decoding(
@@ -330,32 +349,33 @@ def _run_rows(
         stop=None if stops is None else np.repeat(stops.start(_real_tokens(batch)), copies),
     )
     device_prompt = batch.device_prompt(copies)
+    stop_table = None if stops is None else stops.table
     # Someone who gets the cache may continue a row that ended before others.
     hold_finished = opts.return_dict_in_generate and buffer.shape[0] > 1
 
     step = 0
+    calls = 0 if guesses else None
     streamer = watch.streamer
     for until in _bounds(opts.max_new_tokens, record, watch):
-        cache, state = programs.decode(
-            structure,
-            weights,
-            cache,
-            logits,
-            state,
-            device_prompt,
-            knobs,
-            np.int32(until),
-            None if stops is None else stops.table,
-            processors=static,
-            hold_finished=hold_finished,
-        )
+        now = (structure, weights, cache, logits, state, device_prompt, knobs, np.int32(until))
+        if guesses:
+            cache, state, more = lookup.decode(
+                *now,
+                np.int32(opts.max_new_tokens),
+                stop_table,
+                processors=static,
+                num_tokens=guesses,
+                ngram_size=opts.max_matching_ngram_size,
+            )
+            calls += int(more)
+        else:
+            cache, state = programs.decode(*now, stop_table, processors=static, hold_finished=hold_finished)
         record.read(state)
-        reached = int(state.step)
         if streamer is not None:
-            new = np.asarray(state.tokens)[:, batch.length + step : batch.length + reached]
+            new = np.asarray(state.tokens)[:, batch.length + step : batch.length + record.step]
             for tokens in new.T:
                 streamer.put(tokens)
-        step = reached
+        step = record.step
         if bool(state.done) or (watch.should_stop is not None and watch.should_stop()):
             break
     if streamer is not None:
@@ -365,7 +385,7 @@ def _run_rows(
     sequences = np.concatenate([np.repeat(batch.input_ids, copies, axis=0), new], axis=1)
     if not opts.return_dict_in_generate:
         return sequences
-    return GenerateOutput(sequences, record.scores, record.logits, cache)
+    return GenerateOutput(sequences, record.scores, record.logits, cache, calls)
 
 
 def _real_tokens(batch: PromptBatch) -> list[list[int]]:
@@ -429,7 +449,7 @@ def _run_beams(
 
 
 class _Record:
-    """Collects each step's scores and logits on the host, where they were asked for."""
+    """Follows the steps on the host: their number, and each one's scores and logits where they were asked for."""
 
     def __init__(self, opts: Options, shape: tuple[int, int]):
         keep_scores = opts.return_dict_in_generate and opts.output_scores
@@ -438,12 +458,14 @@ class _Record:
         self.logits: tuple[np.ndarray, ...] | None = () if keep_logits else None
         self.no_scores = np.zeros(shape, np.float32) if keep_scores else None
         self.no_logits = np.zeros(shape, np.float32) if keep_logits else None
+        self.step = 0
 
     @property
     def every_step(self) -> bool:
         return self.scores is not None or self.logits is not None
 
     def read(self, state: programs.Decoding | beam.BeamSearch) -> None:
+        self.step = int(state.step)
         if self.scores is not None:
             self.scores += (np.asarray(state.scores),)
         if self.logits is not None:
@@ -451,20 +473,20 @@ class _Record:
 
 
 def _bounds(max_new_tokens: int, record: _Record, watch: _Watch) -> Iterator[int]:
-    """Up to which new token to run before the host looks: to the end, unless someone wants to see tokens earlier."""
+    """Up to which new token to run before the host looks: to the end, unless someone wants to see tokens earlier.
+    Guesses that were right may bring more, which `record` then says."""
     if record.every_step:
         yield from range(1, max_new_tokens + 1)
         return
     if watch.streamer is None and watch.should_stop is None:
         yield max_new_tokens
         return
-    until, block = 0, 1
-    while until < max_new_tokens:
-        began = time.perf_counter()
-        until = min(until + block, max_new_tokens)
-        yield until
+    block = 1
+    while record.step < max_new_tokens:
+        began, before = time.perf_counter(), record.step
+        yield min(before + block, max_new_tokens)
         if watch.stream_block is not None:
             block = watch.stream_block
         else:
-            seconds_per_token = (time.perf_counter() - began) / block
+            seconds_per_token = (time.perf_counter() - began) / (record.step - before)
             block = int(min(max(_SECONDS_PER_BLOCK / seconds_per_token, 1), _LARGEST_BLOCK))

@@ -55,6 +55,8 @@ _DEFAULTS: dict[str, Any] = {
     "output_logits": False,
     "prefill_chunk": None,
     "stop_strings": None,
+    "prompt_lookup_num_tokens": None,
+    "max_matching_ngram_size": 2,
 }
 _DEFAULT_NEW_TOKENS = 20
 
@@ -90,7 +92,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "penalty_alpha": (0.0,),
-    "prompt_lookup_num_tokens": (),
     "remove_invalid_values": (False,),
     "renormalize_logits": (False,),
     "sequence_bias": (),
@@ -114,7 +115,6 @@ _INERT = frozenset(
         "assistant_lookbehind",
         "compile_config",
         "disable_compile",
-        "max_matching_ngram_size",
         "num_assistant_tokens",
         "num_assistant_tokens_schedule",
         "target_lookbehind",
@@ -125,6 +125,7 @@ _INERT = frozenset(
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 _BEAM_ONLY = ("length_penalty", "early_stopping")
 _EXTRA_OUTPUTS = ("output_scores", "output_logits")
+_LOOKUP_ONLY = ("max_matching_ngram_size",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,8 @@ class Options:
         eos_token_ids: possibly empty.
         pad_token_id: what finished rows are filled with; the first end-of-sequence token where no pad token is defined.
         stop_strings: possibly empty.
+        prompt_lookup_num_tokens: None for off.
+        max_matching_ngram_size: at least 1.
         seed: always a number; drawn from the operating system where none was given.
     """
 
@@ -165,6 +168,8 @@ class Options:
     output_logits: bool
     prefill_chunk: int | None
     stop_strings: tuple[str, ...]
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int
     seed: int
 
 
@@ -274,6 +279,8 @@ def check(
         output_logits=_flag(values, "output_logits"),
         prefill_chunk=None if values["prefill_chunk"] is None else _integer(values, "prefill_chunk", minimum=1),
         stop_strings=_stop_strings(values["stop_strings"], num_beams),
+        prompt_lookup_num_tokens=_prompt_lookup(values, num_beams, num_return_sequences),
+        max_matching_ngram_size=_integer(values, "max_matching_ngram_size", minimum=1, none=2),
         seed=_seed(seed),
         **sampling,
     )
@@ -435,6 +442,25 @@ def _stop_strings(value: Any, num_beams: int) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _prompt_lookup(values: Mapping[str, Any], num_beams: int, num_return_sequences: int) -> int | None:
+    if values["prompt_lookup_num_tokens"] is None:
+        return None
+    count = _integer(values, "prompt_lookup_num_tokens", minimum=1)
+    for name, value in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
+        if value > 1:
+            raise ValueError(
+                f"prompt_lookup_num_tokens={count} is for one continuation at a time, got {name}={value}; set it to 1, "
+                "or prompt_lookup_num_tokens to None."
+            )
+    for name in _EXTRA_OUTPUTS:
+        if _flag(values, name) and _flag(values, "return_dict_in_generate"):
+            raise ValueError(
+                f"prompt_lookup_num_tokens={count} adds several tokens at a time, and {name} are fetched after every "
+                "one; leave out either."
+            )
+    return count
+
+
 def _seed(seed: Any) -> int:
     if seed is None:
         return secrets.randbits(32)
@@ -493,6 +519,7 @@ def _warn_without_effect(
         (_SAMPLING_ONLY, not do_sample, "do_sample=True"),
         (_BEAM_ONLY, num_beams == 1, "num_beams above 1"),
         (_EXTRA_OUTPUTS, not values["return_dict_in_generate"], "return_dict_in_generate=True"),
+        (_LOOKUP_ONLY, values["prompt_lookup_num_tokens"] is None, "prompt_lookup_num_tokens"),
     ):
         for name in names:
             value = values[name]

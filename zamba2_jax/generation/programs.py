@@ -209,27 +209,7 @@ def decode(
     `hold_finished` the padding of finished rows does not enter the cache.
     """
     model = structure.model(weights)
-
-    def choose(logits: Float[Array, "r v"], state: Decoding) -> Decoding:
-        scores = process(logits, state.tokens, prompt, state.step, processors, knobs)
-        noise = gumbel_noise(knobs.seed, state.step, scores.shape) if processors.sample else 0.0
-        token = jnp.argmax(scores + noise, axis=-1).astype(jnp.int32)
-        token = jnp.where(state.finished, knobs.pad_token_id, token)
-        finished = state.finished | (token[:, None] == knobs.eos_token_ids).any(axis=-1)
-        stop = None
-        if stop_table is not None:
-            stop = stop_table[state.stop, token].astype(jnp.int32)
-            finished |= stop < 0
-            stop = jnp.maximum(stop, 0)
-        return Decoding(
-            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, prompt.length + state.step)),
-            step=state.step + 1,
-            finished=finished,
-            done=finished.all(),
-            scores=None if state.scores is None else scores,
-            logits=None if state.logits is None else logits,
-            stop=stop,
-        )
+    choose_next = functools.partial(choose, prompt=prompt, knobs=knobs, stop_table=stop_table, processors=processors)
 
     def unfinished(carry: tuple[Zamba2Cache, Decoding]) -> Bool[Array, ""]:
         _, state = carry
@@ -240,11 +220,59 @@ def decode(
         last = jax.lax.dynamic_slice_in_dim(state.tokens, prompt.length + state.step - 1, 1, axis=1)
         going_on = ~state.finished if hold_finished else None
         logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache, going_on)
-        return cache, choose(logits, state)
+        return cache, choose_next(logits, state)
 
-    state = where(state.step == 0, choose(logits, state), state)
+    state = where(state.step == 0, choose_next(logits, state), state)
     cache, state = jax.lax.while_loop(unfinished, add_token, (cache, state))
     return cache, constrain_whole(state)  # for the host of each process to read
+
+
+def choose(
+    logits: Float[Array, "r v"],
+    state: Decoding,
+    *,
+    prompt: Prompt,
+    knobs: Knobs,
+    stop_table: Int16[Array, "states v"] | None,
+    processors: Processors,
+) -> Decoding:
+    """The state with one more token per row; padding, in a row that is finished."""
+    token, scores = pick(logits, state.tokens, state.step, prompt, knobs, processors)
+    token = jnp.where(state.finished, knobs.pad_token_id, token)
+    finished = state.finished | is_end(token, knobs)
+    stop = None
+    if stop_table is not None:
+        stop = stop_table[state.stop, token].astype(jnp.int32)
+        finished |= stop < 0
+        stop = jnp.maximum(stop, 0)
+    return Decoding(
+        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, prompt.length + state.step)),
+        step=state.step + 1,
+        finished=finished,
+        done=finished.all(),
+        scores=None if state.scores is None else scores,
+        logits=None if state.logits is None else logits,
+        stop=stop,
+    )
+
+
+def pick(
+    logits: Float[Array, "r v"],
+    tokens: Int32[Array, "r columns"],
+    step: Int32[Array, ""],
+    prompt: Prompt,
+    knobs: Knobs,
+    processors: Processors,
+) -> tuple[Int32[Array, " r"], Float[Array, "r v"]]:
+    """Each row's new token number `step`, and the processed scores it is of. Of `tokens` those before it are read."""
+    scores = process(logits, tokens, prompt, step, processors, knobs)
+    noise = gumbel_noise(knobs.seed, step, scores.shape) if processors.sample else 0.0
+    return jnp.argmax(scores + noise, axis=-1).astype(jnp.int32), scores
+
+
+def is_end(token: Int32[Array, "*shape"], knobs: Knobs) -> Bool[Array, "*shape"]:
+    """Whether it is an end-of-sequence token."""
+    return (token[..., None] == knobs.eos_token_ids).any(axis=-1)
 
 
 def next_logits(

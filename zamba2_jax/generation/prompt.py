@@ -121,12 +121,14 @@ def plan_prefill(
     prefill_chunk: int | None,
     cache_length: int | None,
     cache: Zamba2Cache | None,
+    guesses: int = 0,
 ) -> Prefill:
     """Chooses chunk size and capacity and lays the prompt out for the prefill program.
 
     Both depend on the text's class alone (and the chunk on the number of rows): two programs per class, prefill and
     loop. With a `cache`, each row's first `cache.next_position` real tokens are in it already and are skipped; the
-    chunk is then that of the class of the rest, or smaller for a line, because padding would fill the cache.
+    chunk is then that of the class of the rest, or smaller for a line, because padding would fill the cache. Where the
+    loop reads up to `guesses` tokens beyond the text, they have slots too.
 
     Raises:
         ValueError: too few slots; a cache of another batch or that already holds the whole prompt.
@@ -140,11 +142,11 @@ def plan_prefill(
     chunk = _fixed_chunk(mask[:, prompt.length - length :], prefill_chunk)
     if chunk is None:
         if cache is None:
-            chunk = _chunk(length + max_new_tokens, rows)
+            chunk = _chunk(length + max_new_tokens + guesses, rows)
         else:
             chunk = _LINE if length <= _LINE else _chunk(length, rows)
     chunks = -(-length // chunk)
-    capacity = _capacity(length, chunk * chunks, max_new_tokens, cache_length, cache)
+    capacity = _capacity(length, chunk * chunks, max_new_tokens, guesses, cache_length, cache)
 
     columns = capacity if cache is None else _slots(chunk * chunks)
     shape = (rows, columns)
@@ -163,9 +165,9 @@ def token_buffer(prompt: PromptBatch, columns: int, fill: int) -> np.ndarray:
     return buffer
 
 
-def buffer_columns(prompt: PromptBatch, max_new_tokens: int, prefill: Prefill) -> int:
+def buffer_columns(prompt: PromptBatch, max_new_tokens: int, prefill: Prefill, guesses: int = 0) -> int:
     """Width of the token buffer: the cache's where it is ours, so that both always change together."""
-    return max(prefill.capacity, _slots(prompt.length + max_new_tokens))
+    return max(prefill.capacity, _slots(prompt.length + max_new_tokens + guesses))
 
 
 def _as_ids(input_ids: Any, vocab_size: int) -> np.ndarray:
@@ -246,19 +248,25 @@ def _chunk(tokens: int, rows: int) -> int:
 
 
 def _capacity(
-    length: int, padded: int, max_new_tokens: int, cache_length: int | None, cache: Zamba2Cache | None
+    length: int,
+    padded: int,
+    max_new_tokens: int,
+    guesses: int,
+    cache_length: int | None,
+    cache: Zamba2Cache | None,
 ) -> int:
     """Slots of the cache. The last new token is never fed back, so it needs none. A given cache that is too small gets
     the smallest class's slots that are enough, and loses those of its padding."""
-    needed = padded + max_new_tokens - 1
+    needed = padded + max_new_tokens - 1 + guesses
     if cache is None:
         if cache_length is None:
             # The second is the larger one only where prefill_chunk or masked tokens made the padding longer.
-            return max(_class_slots(_class(length + max_new_tokens)), _slots(needed))
+            return max(_class_slots(_class(length + max_new_tokens + guesses)), _slots(needed))
         if needed > cache_length:
+            also = f" (and {guesses} that are looked up)" if guesses else ""
             raise ValueError(
                 f"cache_length must be at least {needed} for a prompt padded to {padded} columns and {max_new_tokens} "
-                f"new tokens, got {cache_length}; raise it, or lower prefill_chunk."
+                f"new tokens{also}, got {cache_length}; raise it, or lower prefill_chunk."
             )
         return cache_length
     if cache_length is not None:

@@ -18,6 +18,7 @@ from zamba2_jax.layers.projection import apart, projection, together
 from zamba2_jax.ops.conv import causal_conv, causal_conv_step
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.sharding import constrain
+from zamba2_jax.tentative import MambaSteps
 from zamba2_jax.tokens import TokenLayout
 
 # The places of the gate and of the recurrence's input in the product that makes both.
@@ -71,8 +72,9 @@ class Mamba2Mixer(nnx.Module):
         layout: TokenLayout,
         state: MambaState | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "b l d"], MambaState | None]:
-        """Mixes the tokens of `hidden`; with a state, continues from it and returns the next one."""
+    ) -> tuple[Float[Array, "b l d"], MambaState | MambaSteps | None]:
+        """Mixes the tokens of `hidden`; with a state, continues from it and returns the next one, or of a tentative
+        call what it takes to make one."""
         if layout.token_mask is not None:
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
@@ -84,7 +86,7 @@ class Mamba2Mixer(nnx.Module):
         bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
         raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
 
-        if state is not None and hidden.shape[1] == 1:
+        if state is not None and layout.is_step:
             y, state = self._step(zx, bc, raw_dt, layout, state)
         else:
             y, state = self._sequence(zx, bc, raw_dt, layout, state)
@@ -99,13 +101,14 @@ class Mamba2Mixer(nnx.Module):
         raw_dt: Float[Array, "b l h"],
         layout: TokenLayout,
         state: MambaState | None,
-    ) -> tuple[Float[Array, "b l inner"], MambaState | None]:
+    ) -> tuple[Float[Array, "b l inner"], MambaState | MambaSteps | None]:
         conv = {
             "run_start": layout.run_start,
             "run_end": layout.run_end,
             "segment_ids": layout.segment_ids,
             "activation": "silu",
         }
+        conv_x, conv_bc = zx[:, :, _X], bc
         x, window_x = causal_conv(
             zx, *self._conv_params(self.conv_x), initial_window=state.conv_x if state else None, part=_X, **conv
         )
@@ -115,11 +118,14 @@ class Mamba2Mixer(nnx.Module):
         if layout.token_mask is not None:  # the window spills from real tokens onto masked ones
             x = jnp.where(layout.token_mask[..., None], x, 0)
 
+        by_head, B = self._by_head(x), self._by_group(bc[:, :, 0])
+        dt = time_step(raw_dt, self.dt_bias[...], limit=self.config.time_step_limit, mask=layout.time_mask)
+        A = -jnp.exp(self.A_log[...])
         y, ssm = ssd(
-            self._by_head(x),
-            time_step(raw_dt, self.dt_bias[...], limit=self.config.time_step_limit, mask=layout.time_mask),
-            -jnp.exp(self.A_log[...]),
-            self._by_group(bc[:, :, 0]),
+            by_head,
+            dt,
+            A,
+            B,
             self._by_group(bc[:, :, 1]),
             self.D[...],
             initial_state=state.ssm if state else None,
@@ -129,6 +135,8 @@ class Mamba2Mixer(nnx.Module):
         y = y.reshape(x.shape)
         if state is None:
             return y, None
+        if layout.tentative:
+            return together((y, MambaSteps(state, conv_x, conv_bc, by_head, B, dt, A)))
         # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
         state = MambaState(
             window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm.astype(state.ssm.dtype)
@@ -192,8 +200,8 @@ class MambaLayer(nnx.Module):
         state: MambaState | None,
         transformer_output: Float[Array, "b l d"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "b l d"], MambaState | None]:
-        if state is not None and hidden.shape[1] == 1 and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
+    ) -> tuple[Float[Array, "b l d"], MambaState | MambaSteps | None]:
+        if state is not None and layout.is_step and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
             return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)
         mixer_input = hidden if transformer_output is None else hidden + transformer_output
         mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state, dropout_key)

@@ -25,7 +25,7 @@ from zamba2_jax.layers.norms import RMSNorm
 from zamba2_jax.layers.projection import apart, projection
 from zamba2_jax.layers.rope import rotate
 from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
-from zamba2_jax.ops.decode.cached_attention import cached_attention
+from zamba2_jax.ops.decode.cached_attention import cached_attention, cached_attention_of_several
 from zamba2_jax.sharding import constrain
 
 
@@ -43,6 +43,7 @@ class AttentionContext:
         first_slot: () int32 or None: with a cache, the slot of the call's first column.
         dropout_key: key for attention dropout and for the LoRAs', or None for none.
         return_weights: whether attention probabilities are wanted.
+        tentative: whether the tokens are a few after others, of which it is decided later how many count.
     """
 
     rotation: tuple[Float[Array, "b l half"], Float[Array, "b l half"]] | None
@@ -53,11 +54,12 @@ class AttentionContext:
     first_slot: Int[Array, ""] | None
     dropout_key: jax.Array | None
     return_weights: bool = dataclasses.field(metadata={"static": True})
+    tentative: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_decoding(self) -> bool:
         """Whether this is one token per row after others, and its output is all that is wanted."""
-        one_token = self.mask is not None and self.mask.shape[1] == 1
+        one_token = self.mask is not None and self.mask.shape[1] == 1 and not self.tentative
         return one_token and self.dropout_key is None and not self.return_weights
 
 
@@ -117,6 +119,9 @@ class SharedAttention(nnx.Module):
         elif context.is_decoding:
             length = context.first_slot + 1
             mixed = cached_attention(query[:, 0], past.key, past.value, context.slot_mask, length, scale=scale)[:, None]
+        elif context.tentative:
+            length = context.first_slot + query.shape[1]
+            mixed = cached_attention_of_several(query, past.key, past.value, context.mask, length, scale=scale)
         elif context.mask is not None:
             cached, first = (key, value), context.first_slot
             mixed = prefill_attention(

@@ -1,4 +1,4 @@
-"""Attention of one new token per row to a cache of keys and values, of which only the filled part is read."""
+"""Attention of one new token per row, or of a few, to a cache of keys and values, of which the filled part is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
-from zamba2_jax.ops.attention import MASKED_SCORE
+from zamba2_jax.ops._platform import platform
+from zamba2_jax.ops.attention import MASKED_SCORE, attention
 from zamba2_jax.ops.decode import attention_gpu
 from zamba2_jax.ops.decode.obstacles import no_single_gpu
 
@@ -71,10 +72,27 @@ def cached_attention(
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     if implementation == "xla" or obstacle is not None or (interpret and implementation is None):
-        return in_blocks(query, key, value, slot_mask, length, scale=scale)
+        return in_blocks(query[:, None], key, value, slot_mask[:, None], length, scale=scale)[:, 0]
     return attention_gpu.cached_attention(
         query, key, value, slot_mask, length, scale=scale, masked_score=MASKED_SCORE, interpret=interpret
     )
+
+
+def cached_attention_of_several(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, length: jax.Array, *, scale: float
+) -> jax.Array:
+    """`cached_attention` for a few new tokens per row, the last of which is in slot `length` - 1.
+
+    Args:
+      query: (b, l, heads, head_dim). key, value, length, scale: as there.
+      mask: (b, l, slots) bool, the slots that each token may see.
+
+    Returns:
+      (b, l, heads, head_dim) in query's dtype.
+    """
+    if platform() == "gpu":  # one kernel for all slots costs less than a launch or two for each block of them
+        return attention(query, key.astype(query.dtype), value.astype(query.dtype), mask=mask, scale=scale)
+    return in_blocks(query, key, value, mask, length, scale=scale)
 
 
 def kernel_obstacle(sharing: int, interpret: bool = False, arrays: Iterable[jax.Array] = ()) -> str | None:
@@ -88,41 +106,45 @@ def in_blocks(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    slot_mask: jax.Array,
+    mask: jax.Array,
     length: jax.Array,
     *,
     scale: float,
     block: int = BLOCK,
 ) -> jax.Array:
-    """The plain form: blocks of slots, one after the other, their softmax joined as they come (arXiv 1805.02867)."""
-    rows, heads, head_dim = query.shape
+    """The plain form: blocks of slots, one after the other, their softmax joined as they come (arXiv 1805.02867).
+
+    query (b, l, heads, head_dim), mask (b, l, slots); returns (b, l, heads, head_dim).
+    """
+    rows, tokens, heads, head_dim = query.shape
     slots, kv_heads = key.shape[1:3]
     block = min(block, slots)
-    grouped = query.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    grouped = jnp.moveaxis(query.reshape(rows, tokens, kv_heads, heads // kv_heads, head_dim), 1, 3)
 
     def read(index, carry):
         largest, total, mixed = carry
         # The last block is moved back where the cache does not end with it; what it repeats is left out.
         start = jnp.minimum(index * block, slots - block)
-        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block, axis=1)
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
         place = start + jnp.arange(block)
         counted = (place >= index * block) & (place < length)
-        keys, values = part(key).astype(query.dtype), part(value).astype(query.dtype)
-        scores = scale * jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where((part(slot_mask) & counted)[:, None, None], scores, MASKED_SCORE)
+        keys, values = part(key, axis=1).astype(query.dtype), part(value, axis=1).astype(query.dtype)
+        scores = scale * jnp.einsum("bkgld,bskd->bkgls", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where((part(mask, axis=2) & counted)[:, None, None], scores, MASKED_SCORE)
         peak = jnp.maximum(largest, scores.max(axis=-1))
         weights = jnp.where(counted, jnp.exp(scores - peak[..., None]), 0.0)
         fading = jnp.exp(largest - peak)
-        new = jnp.einsum("bkgs,bskd->bkgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        weighed = weights.astype(values.dtype)
+        new = jnp.einsum("bkgls,bskd->bkgld", weighed, values, preferred_element_type=jnp.float32)
         return peak, total * fading + weights.sum(axis=-1), mixed * fading[..., None] + new
 
     start = (
-        jnp.full(grouped.shape[:3], MASKED_SCORE, jnp.float32),
-        jnp.zeros(grouped.shape[:3], jnp.float32),
+        jnp.full(grouped.shape[:4], MASKED_SCORE, jnp.float32),
+        jnp.zeros(grouped.shape[:4], jnp.float32),
         jnp.zeros(grouped.shape, jnp.float32),
     )
     if block == slots:
         _, total, mixed = read(0, start)
     else:
         _, total, mixed = jax.lax.fori_loop(0, (length + block - 1) // block, read, start)
-    return (mixed / total[..., None]).astype(query.dtype).reshape(query.shape)
+    return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(query.dtype).reshape(query.shape)

@@ -164,6 +164,39 @@ def ssd_step(
     return y.astype(x.dtype), state
 
 
+@jax.jit
+def advance_state(state: jax.Array, x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array) -> jax.Array:
+    """The state of `ssd` after a few tokens, without their outputs, in float32.
+
+    Args:
+      state: (b, h, p, n), before the first token.
+      x: (b, l, h, p), floating.
+      dt: (b, l, h); tokens with dt = 0 leave the state as it is.
+      A: (h,). B: (b, l, g, n).
+
+    Returns:
+      The new state, (b, h, p, n) float32.
+
+    Raises:
+      ValueError: a shape or dtype that does not fit, naming the argument.
+    """
+    check_rank("x", x, 4, "(b, l, h, p)")
+    batch, length, heads, headdim = x.shape
+    check_rank("B", B, 4, "(b, l, g, n)")
+    groups, state_size = B.shape[2:]
+    check_shape("dt", dt, (batch, length, heads), "(b, l, h)")
+    _check_common(x, dt, A, B, B, None, groups)
+    check_shape("B", B, (batch, length, groups, state_size), "(b, l, g, n)")
+    _check_state("state", state, (batch, heads, headdim, state_size))
+    x, dt, A, B, state = _as_float32(x, dt, A, B, state)
+    steps = dt * A
+    # The decay that each token meets afterwards is that of a sum over later ones, taken from the last one backwards.
+    after = jnp.cumsum(jnp.pad(steps[:, :0:-1], ((0, 0), (1, 0), (0, 0))), axis=1)[:, ::-1]
+    inflow = (x * (dt * jnp.exp(after))[..., None]).reshape(batch, length, groups, -1, headdim)
+    added = jnp.einsum("blgep,blgn->bgepn", inflow, B, precision=jax.lax.Precision.HIGHEST)
+    return jnp.exp(jnp.sum(steps, axis=1))[..., None, None] * state + added.reshape(state.shape)
+
+
 @functools.partial(jax.jit, static_argnames=("limit",))
 def time_step(
     dt: jax.Array,
