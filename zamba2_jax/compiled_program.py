@@ -16,14 +16,13 @@ _TOO_LARGE = (
 
 
 def program_bytes(memory: Any) -> int:
-    """Bytes of HBM that a program needs on a chip (`compiled.memory_analysis()`); what is donated counts once."""
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    """Bytes of HBM that a program needs on a chip: the most that lives at once, arguments included, and its code.
+
+    Args:
+        memory: `compiled.memory_analysis()`. Its `temp_size_in_bytes` is no measure of this: libtpu, which refuses
+            programs whose temporaries are more than a chip has, compiles some of which it says so there.
+    """
+    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
 
 
 def kernels(text: str) -> dict[str, int]:
