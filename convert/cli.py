@@ -96,7 +96,8 @@ def _merged_to_hf(run: Path, options: argparse.Namespace) -> int:
         if hasattr(model, "score"):
             _take_labels(model, Zamba2Config.from_pretrained(run))
         zamba2_jax.load_lora(model, run / ADAPTER)
-        zamba2_jax.merge_lora(model)
+        # Those of single uses of a block go into the uses' own adapters, whose rank that raises.
+        zamba2_jax.merge_lora(model, raise_adapter_rank=True)
     parameters = ModelParameters(model)
     parameters.directory = run  # its tokenizer
     write_hugging_face(

@@ -32,12 +32,14 @@ class Job:
         count: of processes.
         index: this one's.
         source: where that is known from.
+        device: the accelerator of this host that is this process's, or None for all that it sees.
     """
 
     address: str
     count: int
     index: int
     source: str
+    device: int | None = None
 
 
 def join(options: ProcessOptions) -> None:
@@ -58,7 +60,15 @@ def join(options: ProcessOptions) -> None:
     # Collectives between CPUs; nothing to accelerators.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     roll_call(job, options.join_timeout)
-    jax.distributed.initialize(job.address, job.count, job.index, initialization_timeout=options.join_timeout)
+    # JAX would look for SLURM by itself, and then take one GPU for the process however many it was given.
+    jax.distributed.initialize(
+        job.address,
+        job.count,
+        job.index,
+        local_device_ids=None if job.device is None else [job.device],
+        cluster_detection_method="deactivate",
+        initialization_timeout=options.join_timeout,
+    )
 
 
 def find_job(options: ProcessOptions, environment: Mapping[str, str]) -> Job | None:
@@ -75,8 +85,17 @@ def find_job(options: ProcessOptions, environment: Mapping[str, str]) -> Job | N
         # A port of one's own for each job on a machine that several share.
         port = 61000 + int(environment.get("SLURM_JOB_ID", "0")) % 4000
         address = f"{_first_host(nodes)}:{port}"
-        return Job(address, int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"]), "SLURM")
+        count = int(environment["SLURM_NTASKS"])
+        return Job(address, count, int(environment["SLURM_PROCID"]), "SLURM", _slurm_device(environment, count))
     return None
+
+
+def _slurm_device(environment: Mapping[str, str], count: int) -> int | None:
+    """Where several tasks share a host, each takes the GPU of its number, unless SLURM has given it one already."""
+    hosts = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
+    if count <= hosts or environment.get("CUDA_VISIBLE_DEVICES", ",").isdigit():
+        return None
+    return int(environment.get("SLURM_LOCALID", "0"))
 
 
 def _first_host(nodes: str) -> str:

@@ -175,6 +175,8 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
                     else:
                         loss = float(np.mean(losses))
                     checkpoints.save(step, state, batches.get_state(), loss)
+                    if task.kind == "lora":  # small, and what all who use the run want of it, however it ends
+                        models.save_adapter(skeleton.build(state.params, frozen), options.output, options.model)
                     losses.clear()
                     saved = step
                     reporter.restart_clock()
@@ -185,8 +187,6 @@ def train(options: RunOptions, open_task: Callable[[RunOptions], Task]) -> None:
             read_metrics()
             profile.end(state)
             checkpoints.wait()
-            if task.kind == "lora":
-                models.save_adapter(skeleton.build(state.params, frozen), options.output, options.model)
             if stop.seen:
                 reporter.say(f"asked to stop: step {saved} is saved; the same command goes on from there")
             else:

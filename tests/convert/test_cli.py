@@ -69,6 +69,25 @@ def test_a_classifiers_lora(root, tmp_path, run):
     assert same(merged.model, zamba2_jax.Zamba2Model.from_pretrained(base))
 
 
+def test_loras_of_single_uses(root, tmp_path, run):
+    """The block that they are on cannot take them in: its uses' own adapters do, with a higher rank."""
+    base, directory = saved(root, "1.2B"), tmp_path / "run"
+    model = CausalLM.from_pretrained(base)
+    config = zamba2_jax.LoraConfig(r=2, target_modules=["q_proj"], shared="use", init_lora_weights="gaussian")
+    zamba2_jax.add_lora(model, config, rngs=nnx.Rngs(2))
+    for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        leaf.set_value(leaf[...] + 0.1)  # B is zero otherwise
+    model.config.save_pretrained(directory)
+    zamba2_jax.save_lora(model, directory / "adapter")
+    (directory / "run.json").write_text(json.dumps({"command": "finetune", "options": {"model": str(base)}}))
+    assert run("to-hf", directory, tmp_path / "hf")[0] == 0
+    merged = CausalLM.from_pretrained(tmp_path / "hf")
+    assert merged.config.adapter_rank == model.config.adapter_rank + 2
+    ids = np.arange(4, 24)[None]
+    np.testing.assert_allclose(merged(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+    assert np.abs(merged(ids).logits - CausalLM.from_pretrained(base)(ids).logits).max() > 0.1
+
+
 def test_there_and_back(root, tmp_path, run):
     source = saved(root, "1.2B", dtype="bfloat16")
     code, out, err = run("from-hf", source, tmp_path / "orbax")

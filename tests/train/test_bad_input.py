@@ -225,7 +225,12 @@ class TestProcesses:
             "SLURM_STEP_NODELIST": "gpu[003-006,9]",
             "SLURM_JOB_ID": "7",
         }
-        assert find_job(options, variables) == Job("gpu003:61007", 4, 2, "SLURM")
+        assert find_job(options, variables | {"SLURM_NNODES": "4"}) == Job("gpu003:61007", 4, 2, "SLURM")
+        # Two tasks to a host: each has a GPU, by its own number or as the only one that SLURM lets it see.
+        shared = variables | {"SLURM_NNODES": "2", "SLURM_LOCALID": "1"}
+        assert find_job(options, shared).device == 1
+        assert find_job(options, shared | {"CUDA_VISIBLE_DEVICES": "0,1"}).device == 1
+        assert find_job(options, shared | {"CUDA_VISIBLE_DEVICES": "3"}).device is None
         assert find_job(options, {}) is None
 
 

@@ -16,9 +16,9 @@ from jax.experimental import multihost_utils
 from bench import oracle
 from convert.cli import main as convert
 from tests.train.conftest import finish, lines, losses, wait_until
-from train import cli
+from train import cli, models
 from train.run import StopRequest
-from zamba2_jax import Zamba2ForCausalLM
+from zamba2_jax import Zamba2ForCausalLM, load_lora
 
 
 class TestOutput:
@@ -117,6 +117,31 @@ class TestLearning:
         assert np.abs(merged - base).max() > 1e-3
         with pytest.raises(ValueError, match="trained a LoRA: load the model that it began with"):
             Zamba2ForCausalLM.from_pretrained(run)
+
+    def test_a_killed_lora_leaves_the_adapter_of_its_last_checkpoint(self, workspace, finished, tmp_path, monkeypatch):
+        class KilledError(BaseException):
+            pass
+
+        written, save = [], models.save_adapter
+
+        def save_and_be_killed(model, directory, base):
+            save(model, directory, base)
+            written.append((directory / "adapter" / "adapter_model.safetensors").read_bytes())
+            if len(written) == 2:
+                raise KilledError
+
+        monkeypatch.setattr(models, "save_adapter", save_and_be_killed)
+        run = tmp_path / "lora"
+        options = {"model": finished, "tokenizer": None, "lora_rank": 2, "save_every": 1}
+        with pytest.raises(KilledError):
+            workspace.train("finetune", run, **options)
+        assert written[0] != written[1]
+        assert convert(["to-hf", str(run), str(tmp_path / "merged")]) == 0
+        ids = np.arange(4, 24)[None]
+        tuned = Zamba2ForCausalLM.from_pretrained(finished)
+        load_lora(tuned, run / "adapter")
+        merged = Zamba2ForCausalLM.from_pretrained(tmp_path / "merged")
+        np.testing.assert_allclose(merged(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def free_port():

@@ -130,7 +130,7 @@ def _whole_model(directory: Path) -> Path:
         run = directory.parent.parent
         raise ValueError(
             f"The run in {run} trained a LoRA: load the model that it began with and then its {ADAPTER} directory, "
-            "which is there when the run has ended, with load_lora; python -m convert to-hf merges the two."
+            "with load_lora; python -m convert to-hf merges the two."
         )
     return directory
 
