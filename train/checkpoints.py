@@ -157,13 +157,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
+        if error is None:
+            self.wait()
+            self.close()
+        else:
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # the error that ends the run is to be seen
                 self.close()
-            return
-        self.wait()
-        self.close()
-        self._quiet.end()  # not after a failure: threads that are still at work speak of it later
+        if not isinstance(error, OSError):  # of which threads that are still at work would speak later
+            self._quiet.end()
 
     @contextlib.contextmanager
     def _clear_message(self) -> Iterator[None]:
