@@ -388,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--quantize", choices=_QUANTIZATIONS, help="store matrices as integers: half or a third of the memory"
+        "--quantize", choices=_QUANTIZATIONS, help="store matrices as integers: about half or a quarter of the memory"
     )
     parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
     parser.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")

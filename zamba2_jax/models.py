@@ -113,7 +113,7 @@ class PretrainedModel(nnx.Module):
             mesh: devices to spread the parameters over (`zamba2_jax.sharding.RULES`): a `Mesh`, or as in
                 `zamba2_jax.sharding.make_mesh` "auto" or sizes such as "data=2,fsdp=4". None puts them on the default
                 device.
-            quantize: "int8" or "int4" stores the matrices as integers, in half or a third of the memory
+            quantize: "int8" or "int4" stores the matrices as integers, in about half or a quarter of bfloat16's memory
                 (`zamba2_jax.quantize`). They are not trained; LoRAs beside them are (`zamba2_jax.add_lora`). The model
                 cannot be saved, its LoRAs can.
             revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.

@@ -1,4 +1,5 @@
-"""LoraConfig: PEFT's names, defaults and meanings, and where the LoRAs of shared blocks are."""
+"""LoraConfig: PEFT's names and meanings, its defaults but for `target_modules`; and where the LoRAs of shared blocks
+are."""
 
 from __future__ import annotations
 
