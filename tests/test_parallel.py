@@ -24,7 +24,7 @@ def run(cases, *options):
     "cases", ["TestLossAndGradients", "TestPrograms", "TestLongSequences", "TestOps", "TestGenerate", "TestLora"]
 )
 def test_on_eight_devices(cases):
-    run(cases, "-m", "not slow")
+    run(cases, "-m", "not slow", "-sv")
 
 
 @pytest.mark.slow

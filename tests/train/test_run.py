@@ -94,6 +94,9 @@ class TestLearning:
         assert workspace.train("pretrain", tmp_path / "run", data=data, weight_decay=0.0, **options) == 0
         # What begins each text is as likely as the other two, which is all that is left to guess.
         begin = 3 * np.log(3) / 24
+        print(
+            f"learned by heart: {losses(tmp_path / 'run')[-1]:.3f} nats a token, of which {begin:.3f} cannot be known"
+        )
         assert losses(tmp_path / "run")[-1] < begin + 0.05
 
     def test_finetune_with_lora(self, workspace, finished, tmp_path):
@@ -197,6 +200,7 @@ class TestGoingOn:
             process.communicate()
         assert workspace.train("pretrain", run, **self.OPTIONS) == 0
         assert losses(run) == uninterrupted
+        print("ten kills, five of them during a save: the losses of all steps are those of the uninterrupted run")
 
     TWO = {"schedule": "wsd", "decay_steps": 0, "warmup_steps": 0, "batch_size": 8, "seq_len": 16}  # noqa: RUF012
 
