@@ -143,6 +143,7 @@ def _given_options(options: argparse.Namespace) -> dict[str, Any]:
         *_SAMPLING,
         "repetition_penalty",
         "no_repeat_ngram_size",
+        "prompt_lookup_num_tokens",
         "num_beams",
         "length_penalty",
         "num_return_sequences",
@@ -392,6 +393,9 @@ def _add_choice_of_tokens(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before so many")
     parser.add_argument("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end the text")
+    parser.add_argument(
+        "--prompt-lookup-num-tokens", type=int, metavar="N", help="guess N tokens from what was said before: same text"
+    )
     sampling = parser.add_argument_group("sampling", "Any of these but --seed implies --do-sample.")
     sampling.add_argument(
         "--do-sample",

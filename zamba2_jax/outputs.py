@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.tentative import TentativeCache
 
 
 class ModelOutput:
@@ -29,13 +30,14 @@ class BaseModelOutputWithPast(ModelOutput):
 
     Attributes:
         last_hidden_state: (b, l, d), after the final norm.
-        past_key_values: the cache with this call's tokens in it, if one was asked for or given.
+        past_key_values: the cache with this call's tokens in it, if one was asked for or given; of a tentative call,
+            what `keep` makes it of.
         hidden_states: num_hidden_layers + 1 arrays (b, l, d): the input of every layer, then `last_hidden_state`.
         attentions: per hybrid layer, the attention probabilities (b, heads, l, keys).
     """
 
     last_hidden_state: jax.Array
-    past_key_values: Zamba2Cache | None = None
+    past_key_values: Zamba2Cache | TentativeCache | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 
@@ -53,7 +55,7 @@ class CausalLMOutputWithPast(ModelOutput):
 
     loss: jax.Array | None = None
     logits: jax.Array | None = None
-    past_key_values: Zamba2Cache | None = None
+    past_key_values: Zamba2Cache | TentativeCache | None = None
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
 

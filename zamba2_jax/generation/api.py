@@ -164,7 +164,8 @@ def generate(
             operating system.
         streamer: an object with `put` and `end`, such as transformers' `TextStreamer`. It gets the prompt (b, l), then
             each step's tokens (b,), as from transformers. Not for beam search.
-        stream_block: tokens to compute between two deliveries. None adapts to about 20 deliveries a second.
+        stream_block: tokens to compute between two deliveries; guesses that are right may bring more. None adapts to
+            about 20 deliveries a second.
         should_stop: is asked after every delivery, or as often where there is no streamer; True ends all rows where
             they are. Not for beam search.
         past_key_values: a cache that holds the beginning of `input_ids`, which is the whole text as in transformers;
