@@ -16,9 +16,9 @@ from jax.experimental import multihost_utils
 from bench import oracle
 from convert.cli import main as convert
 from tests.train.conftest import finish, lines, losses, wait_until
-from train import cli, models
+from train import cli, metrics, models
 from train.run import StopRequest
-from zamba2_jax import Zamba2ForCausalLM, load_lora
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM, load_lora
 
 
 class TestOutput:
@@ -34,6 +34,15 @@ class TestOutput:
         wanted = {"loss", "grad_norm", "learning_rate", "tokens_per_second", "tokens", "skipped"}
         assert all(wanted <= line.keys() for line in found)
         assert found[-1]["loss"] < found[0]["loss"]
+
+    def test_share_of_the_peak_and_profile(self, workspace, finished, tmp_path, monkeypatch):
+        monkeypatch.setitem(metrics.PEAK_OPERATIONS, "cpu", 1e9)  # as if it were a chip of the table
+        run = tmp_path / "run"
+        assert workspace.train("pretrain", run, steps=7, profile_steps=2) == 0
+        assert len(list((run / "profile").rglob("*.xplane.pb"))) == 1
+        operations = Zamba2Config.from_pretrained(finished).flops_per_token(32, training=True)
+        line = lines(run)[-1]
+        assert line["share_of_peak"] == pytest.approx(line["tokens_per_second"] * operations / 1e9, rel=1e-2)
 
     def test_evaluations_and_samples(self, finished):
         found = lines(finished, "eval.jsonl")
