@@ -211,10 +211,12 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(models):
     try:
         assert process.stderr.readline().startswith("Type a message.")
         os.write(parent, b"hello\n")
-        wait_for_output(parent, process, 40)  # more than the echo: the answer has begun
+        wait_for_output(parent, process, lambda output: len(output) > 40)  # more than the echo: the answer has begun
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "stopped.\n"
         assert "first token after" in process.stderr.readline()
+        # Typed before the prompt is there it would be lost: readline changes the terminal's mode.
+        wait_for_output(parent, process, lambda output: output.endswith(b"> "))
         os.write(parent, b"\x04")
         assert process.wait(60) == 0
     finally:
@@ -224,10 +226,10 @@ def test_ctrl_c_ends_the_answer_and_ctrl_d_the_program(models):
         os.close(parent)
 
 
-def wait_for_output(parent, process, length):
+def wait_for_output(parent, process, enough):
     os.set_blocking(parent, False)
     until, output = time.monotonic() + 120, b""
-    while len(output) < length:
+    while not enough(output):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until, output
         time.sleep(0.05)
