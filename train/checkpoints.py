@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from train.step import Params, TrainState
 from zamba2_jax.checkpoint.destination import no_room
 from zamba2_jax.checkpoint.files import CHECKPOINTS
+from zamba2_jax.checkpoint.orbax import is_thread_report
 
 
 class _Manager(ocp.CheckpointManager):
@@ -211,7 +212,7 @@ class _Quiet:
     def _is_news(record: logging.LogRecord) -> bool:
         if record.exc_info and _why_no_room(record.exc_info[1]):
             return False
-        return "_SignalingThread.run() raised an exception" not in record.getMessage()  # the saving thread raises it
+        return not is_thread_report(record)
 
     def _print(self, unraisable: Any) -> None:
         """What tensorstore calls for a write that nobody waits for any more."""

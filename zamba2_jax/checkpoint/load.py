@@ -114,7 +114,7 @@ def load_pretrained(
         ValueError: before a file is opened, a `quantize` or a `mesh` that there is not; then with every fault of the
             checkpoint, or of a mesh that does not divide the model.
     """
-    for name in (config_changes or {}).keys() - {field.name for field in dataclasses.fields(Zamba2Config)}:
+    for name in sorted((config_changes or {}).keys() - {field.name for field in dataclasses.fields(Zamba2Config)}):
         hint = _ELSEWHERE.get(name, "it takes those in its documentation, and fields of Zamba2Config")
         raise TypeError(f"from_pretrained has no argument {name!r}: {hint}.")
     check_quantize(quantize)

@@ -151,7 +151,7 @@ def write_orbax(
             for name in key[:-1]:
                 node = node.setdefault(str(name), {})
             node[str(key[-1])] = leaf(key)
-        with one_report(), _checkpointer() as checkpointer:
+        with _one_report(), _checkpointer() as checkpointer:
             save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
             checkpointer.save(directory / ORBAX, tree, save_args=save_args)
         if jax.process_index() == 0:
@@ -175,12 +175,17 @@ def write_settings(parameters: Parameters, directory: FilePath, dtype: np.dtype)
     config.replace(dtype=dtype.name, architectures=(parameters.architecture,)).save_pretrained(directory)
 
 
+def is_thread_report(record: logging.LogRecord) -> bool:
+    """Whether one of Orbax's threads logs a failure, with its traceback: the saving thread raises the same one."""
+    return "_SignalingThread.run() raised an exception" in record.getMessage()
+
+
 @contextlib.contextmanager
-def one_report() -> Iterator[None]:
-    """Drops what Orbax's threads log of failures, with tracebacks: the saving thread raises the same ones."""
+def _one_report() -> Iterator[None]:
+    """Drops what Orbax's threads log of failures."""
 
     def is_new(record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+        return not is_thread_report(record)
 
     logger = logging.getLogger("absl")
     logger.addFilter(is_new)

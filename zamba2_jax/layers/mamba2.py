@@ -108,7 +108,7 @@ class Mamba2Mixer(nnx.Module):
             "segment_ids": layout.segment_ids,
             "activation": "silu",
         }
-        convolved = zx[:, :, _X], bc
+        raw_bc = bc
         x, window_x = causal_conv(
             zx, *self._conv_params(self.conv_x), initial_window=state.conv_x if state else None, part=_X, **conv
         )
@@ -136,7 +136,7 @@ class Mamba2Mixer(nnx.Module):
         if state is None:
             return y, None
         if layout.tentative:
-            return together((y, MambaSteps(state, *convolved, by_head, B, dt, A)))
+            return together((y, MambaSteps(state, zx[:, :, _X], raw_bc, by_head, B, dt, A)))
         # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
         state = MambaState(
             window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm.astype(state.ssm.dtype)
