@@ -49,7 +49,9 @@ def make(kind, dtype=jnp.bfloat16):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter's time grows with the tiles, not with the weights."""
-    monkeypatch.setattr(decoding, "TILING", Tiling(columns=32, warps=1, fold=2, turns=2))
+    monkeypatch.setattr(decoding, "TILING", Tiling(columns=32, depth=32, warps=1, stages=2))
+    monkeypatch.setattr(decoding, "WIDE", Tiling(columns=16, depth=64, warps=1, stages=2))
+    monkeypatch.setattr(decoding, "DEEP", Tiling(columns=16, depth=16, warps=1, stages=2))
 
 
 def states_like(tree, rng):

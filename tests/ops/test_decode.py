@@ -9,7 +9,7 @@ import pytest
 from zamba2_jax.layers.rope import rotate, rotation
 from zamba2_jax.ops.attention import attention
 from zamba2_jax.ops.conv import causal_conv_step
-from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu, window_gpu
+from zamba2_jax.ops.decode import attention_gpu, products_gpu, rows_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention, cached_attention_of_several, in_blocks
 from zamba2_jax.ops.decode.strips_gpu import Tiling
 from zamba2_jax.ops.ssd import ssd_step, time_step
@@ -25,7 +25,7 @@ def exact_products():
 
 
 # Strips of 16 columns and rounds of 64 rows: small weights take several programs and rounds.
-SMALL = Tiling(columns=16, warps=1, fold=2, turns=2)
+SMALL = Tiling(columns=16, depth=64, warps=1, stages=2)
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -39,34 +39,26 @@ def normalised(x, eps, groups=1):
 
 
 class TestProducts:
-    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("rows", [1, 3, 16])
     @pytest.mark.parametrize("depth", [128, 90])
-    def test_several_weights_after_a_norm(self, rows, depth):
-        x, scale = draw(0, rows, depth), draw(1, depth)
+    def test_several_weights(self, rows, depth):
+        x = draw(0, rows, depth)
         weights = [draw(2, depth, 40), draw(3, depth, 24), draw(4, depth, 1030)]
-        results = products_gpu.skinny_matmul(x, weights, scale, eps=1e-3, tiling=SMALL, interpret=INTERPRET)
+        results = products_gpu.skinny_matmul(x, weights, tiling=SMALL, interpret=INTERPRET)
         for result, weight in zip(results, weights, strict=True):
-            np.testing.assert_allclose(result, normalised(x, 1e-3) * scale @ weight, **CLOSE)
+            np.testing.assert_allclose(result, x @ weight, **CLOSE)
 
-    def test_without_a_norm(self):
+    def test_one_weight(self):
         x, weight = draw(0, 2, 100), draw(1, 100, 33)
         (result,) = products_gpu.skinny_matmul(x, [weight], tiling=SMALL, interpret=INTERPRET)
         np.testing.assert_allclose(result, x @ weight, **CLOSE)
 
-    @pytest.mark.parametrize(("rows", "groups", "splits"), [(1, 1, 4), (3, 2, 4), (2, 2, 2)])
-    def test_pieces_joined_with_a_grouped_norm_and_a_residual(self, rows, groups, splits):
-        x, weight, scale, residual = draw(0, rows, 128), draw(1, 128, 48), draw(2, 128), draw(3, rows, 48)
-        pieces = products_gpu.split_matmul(x, weight, scale, splits=splits, tiling=SMALL, interpret=INTERPRET)
-        assert pieces.shape == (splits, rows, 48)
-        result = products_gpu.join(pieces, x, residual, groups=groups, eps=1e-2, dtype=jnp.float32, interpret=INTERPRET)
-        expected = normalised(x, 1e-2, groups) * scale @ weight + residual
-        np.testing.assert_allclose(result, expected, **CLOSE)
-
-    def test_pieces_joined_alone(self):
-        x, weight = draw(0, 1, 128), draw(1, 128, 48)
-        pieces = products_gpu.split_matmul(x, weight, splits=2, tiling=SMALL, interpret=INTERPRET)
-        result = products_gpu.join(pieces, dtype=jnp.float32, interpret=INTERPRET)
-        np.testing.assert_allclose(result, x @ weight, **CLOSE)
+    @pytest.mark.parametrize(("rows", "splits"), [(1, 4), (3, 2)])
+    def test_pieces_along_the_depth(self, rows, splits):
+        x, weight = draw(0, rows, 128), draw(1, 128, 48)
+        pieces = products_gpu.split_matmul(x, weight, splits=splits, tiling=SMALL, interpret=INTERPRET)
+        expected = jnp.einsum("bsk,skn->sbn", x.reshape(rows, splits, -1), weight.reshape(splits, -1, 48))
+        np.testing.assert_allclose(pieces, expected, **CLOSE)
 
     @pytest.mark.parametrize(("depth", "groups"), [(4096, 1), (7168, 2), (2048, 1), (100, 1), (90, 3)])
     def test_a_weight_is_cut_into_equal_pieces_that_respect_groups(self, depth, groups):
@@ -92,18 +84,59 @@ class TestProducts:
         )
 
 
+class TestRows:
+    """Whole rows between two products."""
+
+    @pytest.mark.parametrize("widths", [(64,), (40, 24), (7, 600)])
+    def test_norm_of_what_is_put_together(self, widths):
+        parts = [[draw(index, 3, width), draw(index + 5, 3, width)][: 2 - index] for index, width in enumerate(widths)]
+        scale = draw(9, sum(widths))
+        result = rows_gpu.rms_norm(parts, scale, eps=1e-3, interpret=INTERPRET)
+        whole = jnp.concatenate([sum(part[1:], part[0]) for part in parts], axis=-1)
+        np.testing.assert_allclose(result, normalised(whole, 1e-3) * scale, **CLOSE)
+
+    @pytest.mark.parametrize("width", [48, 512, 700])
+    def test_pieces_alone(self, width):
+        pieces = draw(0, 4, 2, width)
+        result = rows_gpu.join(pieces, dtype=jnp.float32, interpret=INTERPRET)
+        np.testing.assert_allclose(result, pieces.sum(0), **CLOSE)
+
+    @pytest.mark.parametrize(("rows", "groups", "splits"), [(1, 1, 4), (3, 2, 4), (2, 2, 2)])
+    def test_pieces_of_a_normed_row_and_a_residual(self, rows, groups, splits):
+        x, weight, residual = draw(0, rows, 128), draw(1, 128, 48), draw(3, rows, 48)
+        pieces = jnp.einsum("bsk,skn->sbn", x.reshape(rows, splits, -1), weight.reshape(splits, -1, 48))
+        squares = jnp.square(x).reshape(rows, groups, 4, -1).sum(-1)[:, :, :3]
+        squares = squares.at[:, :, 2].add(jnp.square(x).reshape(rows, groups, 4, -1).sum(-1)[:, :, 3])
+        result = rows_gpu.join(
+            pieces,
+            squares,
+            residual,
+            groups=groups,
+            width=128 // groups,
+            gate_eps=1e-2,
+            dtype=jnp.float32,
+            interpret=INTERPRET,
+        )
+        np.testing.assert_allclose(result, normalised(x, 1e-2, groups) @ weight + residual, **CLOSE)
+
+    @pytest.mark.parametrize("width", [48, 700])
+    def test_norm_of_the_sum(self, width):
+        pieces, scale = draw(0, 4, 2, width), draw(1, width)
+        result = rows_gpu.join(pieces, scale=scale, eps=1e-3, dtype=jnp.float32, interpret=INTERPRET)
+        np.testing.assert_allclose(result, normalised(pieces.sum(0), 1e-3) * scale, **CLOSE)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("bias", "limit", "masked"), [(True, None, False), (False, (0.3, 0.9), True)])
 def test_mamba_projections(rows, bias, limit, masked):
     depth, inner, both, heads, taps = 72, 40, 24, 5, 4
-    x, scale = draw(0, rows, depth), draw(1, depth)
+    x = draw(0, rows, depth)
     zx, bc, dt = draw(2, depth, 2 * inner), draw(3, depth, both), draw(4, depth, heads)
     conv_x, conv_bc = ((draw(n, taps, w), draw(n + 1, w) if bias else None) for n, w in ((5, inner), (7, both)))
     window_x, window_bc, dt_bias = draw(9, rows, taps - 1, inner), draw(10, rows, taps - 1, both), draw(11, heads)
     keep = jnp.arange(rows) % 2 == 1 if masked else None
     results = products_gpu.mamba_projections(
         x,
-        scale,
         zx,
         bc,
         dt,
@@ -113,19 +146,17 @@ def test_mamba_projections(rows, bias, limit, masked):
         window_bc,
         dt_bias,
         None if keep is None else keep.astype(jnp.int32),
-        eps=1e-3,
         limit=limit,
         tiling=SMALL,
         interpret=INTERPRET,
     )
-    u = normalised(x, 1e-3) * scale
-    wide = u @ zx
+    wide = x @ zx
     new_x, next_x = causal_conv_step(wide[:, inner:], window_x, *conv_x, activation="silu")
-    new_bc, next_bc = causal_conv_step(u @ bc, window_bc, *conv_bc, activation="silu")
+    new_bc, next_bc = causal_conv_step(x @ bc, window_bc, *conv_bc, activation="silu")
     if masked:
         next_x = jnp.where(keep[:, None, None], next_x, window_x)
         next_bc = jnp.where(keep[:, None, None], next_bc, window_bc)
-    step = time_step(u @ dt, dt_bias, limit=limit, mask=keep)
+    step = time_step(x @ dt, dt_bias, limit=limit, mask=keep)
     for result, expected in zip(results, (wide[:, :inner], new_x, new_bc, step, next_x, next_bc), strict=True):
         np.testing.assert_allclose(result, expected, **CLOSE)
 
@@ -179,6 +210,12 @@ def test_state_step(groups, dtype):
         state, x, None, bc, dt, a_log, skip, groups=groups, rows_per_program=8, warps=1, interpret=INTERPRET
     )
     np.testing.assert_allclose(plain, y.reshape(x.shape), **CLOSE)
+    scale = draw(7, heads * headdim)
+    scaled, _, squares = state_gpu.state_step(
+        state, x, z, bc, dt, a_log, skip, scale, groups=groups, rows_per_program=8, warps=1, interpret=INTERPRET
+    )
+    np.testing.assert_allclose(scaled, gated * scale, **CLOSE)
+    np.testing.assert_allclose(squares.sum(-1), np.square(gated).reshape(rows, groups, -1).sum(-1), **CLOSE)
     assert new.dtype == dtype
     # A bfloat16 state is rounded once, when it is stored.
     np.testing.assert_allclose(
@@ -318,13 +355,11 @@ class TestLoweringForCuda:
     @pytest.mark.parametrize(("width", "heads"), [(2048, 64), (2560, 80), (3584, 112)])
     def test_mamba_projections(self, width, heads):
         half, inner = self.HALF, 2 * width
-        shapes = [(1, width), (width,), (width, 2 * inner), (width, 256), (width, heads), (4, inner), (inner,)]
-        shapes += [(4, 256), (256,), (1, 3, inner), (1, 3, 256), (heads,)]
+        shapes = [(8, width), (width, 2 * inner), (width, 256), (width, heads), (4, inner), (inner,)]
+        shapes += [(4, 256), (256,), (8, 3, inner), (8, 3, 256), (heads,)]
 
-        def function(x, scale, zx, bc, dt, kx, bx, kbc, bbc, *rest):
-            return products_gpu.mamba_projections(
-                x, scale, zx, bc, dt, (kx, bx), (kbc, bbc), *rest, None, eps=1e-5, limit=None
-            )
+        def function(x, zx, bc, dt, kx, bx, kbc, bbc, *rest):
+            return products_gpu.mamba_projections(x, zx, bc, dt, (kx, bx), (kbc, bbc), *rest, None, limit=None)
 
         self.lower(function, *((shape, half) for shape in shapes))
 

@@ -1,13 +1,14 @@
 """One decoding step of whole layers in few launches, for a GPU. The plain form is the layer itself.
 
-At batch size 1 a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
-than the pass: here a mamba layer is four launches and a use of a shared block eleven. More rows leave the products to
-XLA; what lies between a mixer's projections and its norm is two launches then, whatever the weights are stored as.
+With few rows a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
+than the pass: here a mamba layer is five launches and a use of a shared block twelve. More rows, and weights that are
+not plain arrays of the compute dtype, leave the products to XLA; what lies between a mixer's projections and its norm
+is two launches then.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 
 from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layers.linear import DepthwiseConv, Embed, Linear
-from zamba2_jax.ops.decode import attention_gpu, products_gpu, state_gpu, window_gpu
+from zamba2_jax.ops.decode import attention_gpu, products_gpu, rows_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention
 from zamba2_jax.ops.decode.obstacles import no_single_gpu
 from zamba2_jax.ops.decode.strips_gpu import Tiling
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from zamba2_jax.layers.mamba2 import Mamba2Mixer, MambaLayer
     from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
 
+# Measured on an H100, for 1 and 8 rows of the 1.2B shape.
 TILING = Tiling()
+# Of weights that are large together: fewer, wider strips.
+WIDE = Tiling(columns=256, depth=64, warps=8, stages=4)
+# Of weights that are cut along their depth.
+DEEP = Tiling(columns=64, depth=128, warps=4, stages=4)
 _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 
 
@@ -52,9 +58,10 @@ def mamba_layer_step(
     rows, width = hidden.shape[0], hidden.shape[2]
     both = 2 * config.mamba_ngroups * config.mamba_d_state
     residual = hidden[:, 0]
+    norm = layer.input_layernorm
+    added = [] if transformer_output is None else [transformer_output[:, 0]]
     z, x, bc, dt, window_x, window_bc = products_gpu.mamba_projections(
-        residual if transformer_output is None else residual + transformer_output[:, 0],
-        layer.input_layernorm.scale[...],
+        rows_gpu.rms_norm([[residual, *added]], norm.scale[...], eps=norm.eps, interpret=interpret),
         mixer.zx_proj.kernel[...].reshape(width, -1),
         mixer.bc_proj.kernel[...].reshape(width, -1),
         mixer.dt_proj.kernel[...],
@@ -64,12 +71,11 @@ def mamba_layer_step(
         state.conv_bc.reshape(rows, -1, both),
         mixer.dt_bias[...],
         _kept(layout),
-        eps=layer.input_layernorm.eps,
         limit=config.time_step_limit,
         tiling=TILING,
         interpret=interpret,
     )
-    gated, ssm = state_gpu.state_step(
+    gated, ssm, squares = state_gpu.state_step(
         state.ssm,
         x,
         z,
@@ -77,16 +83,18 @@ def mamba_layer_step(
         dt,
         mixer.A_log[...],
         mixer.D[...],
+        mixer.norm.scale[...],
         groups=config.mamba_ngroups,
         interpret=interpret,
     )
     mixed = _deep_product(
         gated,
         mixer.out_proj,
-        mixer.norm.scale[...],
+        squares=squares,
         residual=residual,
         groups=config.mamba_ngroups,
-        eps=mixer.norm.eps,
+        width=config.mamba_intermediate_size // config.mamba_ngroups,
+        gate_eps=mixer.norm.eps,
         interpret=interpret,
     )
     return mixed[:, None], MambaState(window_x, window_bc.reshape(state.conv_bc.shape), ssm)
@@ -191,14 +199,9 @@ def shared_block_step(
         adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
         weights += [adapter.down.kernel[...] for adapter in adapters]
         up = tuple(adapter.up.kernel[...] for adapter in adapters)
-    projected = products_gpu.skinny_matmul(
-        jnp.concatenate([hidden[:, 0], embedded[:, 0]], axis=-1),
-        weights,
-        block.input_layernorm.scale[...],
-        eps=block.input_layernorm.eps,
-        tiling=TILING,
-        interpret=interpret,
-    )
+    norm = block.input_layernorm
+    x = rows_gpu.rms_norm([[hidden[:, 0]], [embedded[:, 0]]], norm.scale[...], eps=norm.eps, interpret=interpret)
+    projected = products_gpu.skinny_matmul(x, weights, tiling=WIDE, interpret=interpret)
     query, key, value = attention_gpu.rotate_and_store(
         projected[:3],
         None if up is None else projected[3:],
@@ -219,13 +222,14 @@ def shared_block_step(
         implementation="pallas_gpu" if interpret else None,
         interpret=interpret,
     )
-    x = _deep_product(mixed.reshape(rows, -1), attention.o_proj, interpret=interpret)
+    norm = block.pre_ff_layernorm
+    x = _deep_product(
+        mixed.reshape(rows, -1), attention.o_proj, scale=norm.scale[...], eps=norm.eps, interpret=interpret
+    )
     gate_up, low = products_gpu.skinny_matmul(
         x,
         [mlp.gate_up_proj.kernel[...].reshape(width, -1), use.gate_up_adapter.down.kernel[...]],
-        block.pre_ff_layernorm.scale[...],
-        eps=block.pre_ff_layernorm.eps,
-        tiling=TILING,
+        tiling=WIDE,
         interpret=interpret,
     )
     x = products_gpu.gated_activation(
@@ -244,7 +248,9 @@ def head_obstacle(embedding: Embed, rows: int, interpret: bool = False) -> str |
     """Why `head_scores` cannot serve, or None where it can."""
     if type(embedding) is not Embed:
         return f"the embedding is a {type(embedding).__name__}"
-    return _arrays_obstacle([embedding.embedding[...]], embedding.dtype, rows, interpret)
+    if rows > products_gpu.MAX_HEAD_ROWS:
+        return f"there are {rows} rows; its kernel multiplies by hand and takes {products_gpu.MAX_HEAD_ROWS}"
+    return _arrays_obstacle([embedding.embedding[...]], embedding.dtype, interpret)
 
 
 def head_scores(embedding: Embed, hidden: Float[Array, "b 1 d"], interpret: bool = False) -> Float[Array, "b 1 v"]:
@@ -253,28 +259,13 @@ def head_scores(embedding: Embed, hidden: Float[Array, "b 1 d"], interpret: bool
 
 
 def _deep_product(
-    x: Float[Array, "b k"],
-    weight: Linear,
-    scale: Float[Array, " k"] | None = None,
-    *,
-    residual: Float[Array, "b n"] | None = None,
-    groups: int | None = None,
-    eps: float = 0.0,
-    interpret: bool,
-) -> Float[Array, "b n"]:
-    """norm(x) W + residual, W cut along its depth; the norm only with a scale and groups."""
+    x: Float[Array, "b k"], weight: Linear, *, groups: int = 1, interpret: bool, **finish: Any
+) -> jax.Array:
+    """x W, W cut along its depth, and what `rows_gpu.join` does with the sum."""
     kernel = weight.kernel[...]
-    splits = products_gpu.depth_splits(*kernel.shape, TILING, groups or 1)
-    pieces = products_gpu.split_matmul(x, kernel, scale, splits=splits, tiling=TILING, interpret=interpret)
-    return products_gpu.join(
-        pieces,
-        None if groups is None else x,
-        residual,
-        groups=groups or 1,
-        eps=eps,
-        dtype=x.dtype,
-        interpret=interpret,
-    )
+    splits = products_gpu.depth_splits(*kernel.shape, DEEP, groups)
+    pieces = products_gpu.split_matmul(x, kernel, splits=splits, tiling=DEEP, interpret=interpret)
+    return rows_gpu.join(pieces, groups=groups, dtype=x.dtype, interpret=interpret, **finish)
 
 
 def _products_obstacle(weights: list[Linear] | tuple[Linear, ...], rows: int, interpret: bool) -> str | None:
@@ -283,12 +274,12 @@ def _products_obstacle(weights: list[Linear] | tuple[Linear, ...], rows: int, in
             return f"a weight is a {type(weight).__name__}; it takes plain ones"
         if weight.bias is not None:
             return "the projections have biases"
-    return _arrays_obstacle([weight.kernel[...] for weight in weights], weights[0].dtype, rows, interpret)
-
-
-def _arrays_obstacle(arrays: list[jax.Array], dtype: jnp.dtype, rows: int, interpret: bool) -> str | None:
     if rows > products_gpu.MAX_ROWS:
-        return f"there are {rows} rows; more than {products_gpu.MAX_ROWS} are better served by matrix units"
+        return f"there are {rows} rows; its products take up to {products_gpu.MAX_ROWS}"
+    return _arrays_obstacle([weight.kernel[...] for weight in weights], weights[0].dtype, interpret)
+
+
+def _arrays_obstacle(arrays: list[jax.Array], dtype: jnp.dtype, interpret: bool) -> str | None:
     if dtype not in _HALF_PRECISION:
         return f"the compute dtype is {jnp.dtype(dtype).name}; it takes bfloat16 and float16"
     if any(array.dtype != dtype for array in arrays):

@@ -1,7 +1,7 @@
 """Kernels for GPUs: products of up to `MAX_ROWS` rows that stream each weight once.
 
 A weight of few columns (an output projection) is cut along its depth too, or it would occupy a quarter of the card. Its
-products then are sums that `join` adds up, together with what else happens to them.
+products then are sums that `rows_gpu.join` adds up, together with what else happens to them.
 
 The functions are jitted so that a model that calls one of them for each of its layers compiles one kernel, not one per
 layer.
@@ -12,17 +12,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from zamba2_jax.ops.decode.strips_gpu import Norm, Tiling, columns_of, product
+from zamba2_jax.ops.decode.strips_gpu import ROWS, Tiling, columns_of, product, rows_of
 
-# The code of a kernel grows with the rows, and Triton's time to compile faster still: seconds for one row, minutes for
-# eight. More rows are XLA's.
-MAX_ROWS = 1
+# More rows are XLA's.
+MAX_ROWS = ROWS
+# The head's kernel multiplies by hand: for several rows XLA's product was measured to be as fast as it is for one.
+MAX_HEAD_ROWS = 1
 # Strips that occupy a large card once.
 _PROGRAMS = 256
 TILING = Tiling()
@@ -39,24 +41,17 @@ def depth_splits(depth: int, columns: int, tiling: Tiling, multiple_of: int = 1)
 
 
 def _narrow(tiling: Tiling) -> Tiling:
-    return dataclasses.replace(tiling, columns=16, fold=2, turns=1)
+    return dataclasses.replace(tiling, columns=16)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "tiling", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
 def skinny_matmul(
-    x: jax.Array,
-    weights: Sequence[jax.Array],
-    scale: jax.Array | None = None,
-    *,
-    eps: float | None = None,
-    tiling: Tiling = TILING,
-    interpret: bool = False,
+    x: jax.Array, weights: Sequence[jax.Array], *, tiling: Tiling = TILING, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
-    """norm(x) W for each of the weights; one launch.
+    """x W for each of the weights; one launch.
 
     Args:
       x: (b, K). weights: (K, N_j) each.
-      scale, eps: of the norm; None for none.
 
     Returns:
       (b, N_j) each, in x's dtype.
@@ -65,18 +60,16 @@ def skinny_matmul(
     widths = [weight.shape[1] for weight in weights]
     tilings = [tiling if width >= _NARROW else _narrow(tiling) for width in widths]
     programs = [pl.cdiv(width, tiling.columns) for width, tiling in zip(widths, tilings, strict=True)]
-    operands = [x, *weights] + ([] if scale is None else [scale])
 
     def kernel(x_in, *refs):
-        outputs = refs[len(operands) - 1 :]
-        norm = None if scale is None else Norm(refs[len(weights)], eps)
+        outputs = refs[len(weights) :]
         program = pl.program_id(0)
         before = 0
         for weight, output, count, tiling in zip(refs, outputs, programs, tilings, strict=False):
 
             def strip(weight=weight, output=output, before=before, tiling=tiling):
                 first = (program - before) * tiling.columns
-                store_row_vectors(output, first, product(x_in, weight, first, tiling, norm=norm))
+                store_rows(output, first, product(x_in, weight, first, tiling))
 
             if len(weights) == 1:
                 strip()
@@ -85,100 +78,35 @@ def skinny_matmul(
             before += count
 
     outputs = [jax.ShapeDtypeStruct((rows, width), dtype) for width in widths]
-    return tuple(_call(kernel, "skinny_matmul", (sum(programs),), operands, outputs, tiling, interpret))
+    return tuple(_call(kernel, "skinny_matmul", (sum(programs),), [x, *weights], outputs, tiling, interpret))
 
 
 @functools.partial(jax.jit, static_argnames=("splits", "tiling", "interpret"))
 def split_matmul(
-    x: jax.Array,
-    weight: jax.Array,
-    scale: jax.Array | None = None,
-    *,
-    splits: int,
-    tiling: Tiling = TILING,
-    interpret: bool = False,
+    x: jax.Array, weight: jax.Array, *, splits: int, tiling: Tiling = TILING, interpret: bool = False
 ) -> jax.Array:
-    """The product (x · scale) W in `splits` pieces along its depth, to be added by `join`: (splits, b, N) float32.
+    """The product x W in `splits` pieces along its depth, to be added by `rows_gpu.join`: (splits, b, N) float32.
 
     Args:
-      x: (b, K). weight: (K, N). scale: (K,) or None. splits divides K.
+      x: (b, K). weight: (K, N). splits divides K.
     """
     rows, depth = x.shape
     width = weight.shape[1]
     length = depth // splits
-    operands = [x, weight] + ([] if scale is None else [scale])
 
-    def kernel(x_in, weight_in, *refs):
-        norm = None if scale is None else Norm(refs[0], None)
+    def kernel(x_in, weight_in, output):
         first, piece = pl.program_id(0) * tiling.columns, pl.program_id(1)
-        values = product(x_in, weight_in, first, tiling, norm=norm, start=piece * length, length=length)
-        store_row_vectors(refs[-1], first, values, piece)
+        values = product(x_in, weight_in, first, tiling, start=piece * length, length=length)
+        store_rows(output, first, values, piece)
 
     outputs = [jax.ShapeDtypeStruct((splits, rows, width), jnp.float32)]
     grid = (pl.cdiv(width, tiling.columns), splits)
-    return _call(kernel, "split_matmul", grid, operands, outputs, tiling, interpret)[0]
+    return _call(kernel, "split_matmul", grid, [x, weight], outputs, tiling, interpret)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "eps", "dtype", "interpret"))
-def join(
-    pieces: jax.Array,
-    gated: jax.Array | None = None,
-    residual: jax.Array | None = None,
-    *,
-    groups: int = 1,
-    eps: float = 0.0,
-    dtype: jax.typing.DTypeLike,
-    interpret: bool = False,
-) -> jax.Array:
-    """Adds the pieces of `split_matmul`, finishes a norm, adds the residual.
-
-    Args:
-      pieces: (splits, b, N) float32.
-      gated: (b, K), what was multiplied: its RMSNorm by `groups` equal groups is completed with `eps`; `splits` is a
-        multiple of groups. None for no norm.
-      residual: (b, N) or None.
-
-    Returns:
-      (b, N) in `dtype`. The sum is rounded to it before the residual is added, as the plain form does.
-    """
-    splits, rows, width = pieces.shape
-    columns = min(512, pl.next_power_of_2(width))
-    operands = [array for array in (pieces, gated, residual) if array is not None]
-
-    def kernel(*refs):
-        row, first = pl.program_id(0), pl.program_id(1) * columns
-        column, inside = columns_of(first, columns, width)
-        values = [plgpu.load(refs[0].at[piece, row, column]) for piece in range(splits)]
-        of_residual = None if residual is None else plgpu.load(refs[len(operands) - 1].at[row, column])
-        if gated is not None:
-            factors = _norm_factors(refs[1], row, groups, eps)
-            values = [value * factors[piece * groups // splits] for piece, value in enumerate(values)]
-        total = sum(values[1:], values[0]).astype(dtype)
-        if of_residual is not None:
-            total = total + of_residual.astype(dtype)
-        plgpu.store(refs[-1].at[row, first + jnp.arange(columns, dtype=jnp.int32)], total, mask=inside)
-
-    grid = (rows, pl.cdiv(width, columns))
-    outputs = [jax.ShapeDtypeStruct((rows, width), dtype)]
-    return _call(kernel, "join", grid, operands, outputs, Tiling(warps=4), interpret)[0]
-
-
-def _norm_factors(gated, row, groups, eps):
-    width = gated.shape[1] // groups
-    size = pl.next_power_of_2(width)
-    place = jnp.arange(size, dtype=jnp.int32)
-    factors = []
-    for group in range(groups):
-        x = plgpu.load(gated.at[row, group * width + jnp.minimum(place, width - 1)]).astype(jnp.float32)
-        squares = jnp.where(place < width, x * x, 0.0)
-        factors.append(jax.lax.rsqrt(squares.sum(axis=0) / width + eps))
-    return factors
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "limit", "tiling", "interpret"))
+@functools.partial(jax.jit, static_argnames=("limit", "tiling", "interpret"))
 def mamba_projections(
     x: jax.Array,
-    scale: jax.Array,
     zx: jax.Array,
     bc: jax.Array,
     dt: jax.Array,
@@ -189,18 +117,17 @@ def mamba_projections(
     dt_bias: jax.Array,
     keep: jax.Array | None,
     *,
-    eps: float,
     limit: tuple[float, float] | None,
     tiling: Tiling = TILING,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Norm, projections, convolution and time step of one token; one launch.
+    """Projections, convolution and time step of one token; one launch.
 
     Programs for z, x, B and C, and dt. Those of convolved columns own them in the window too, for all rows, and move it
     on in place.
 
     Args:
-      x: (b, d). scale: (d,), of the norm.
+      x: (b, d).
       zx: (d, 2 E). bc: (d, 2 G N). dt: (d, h).
       conv_x, conv_bc: kernels (k, E), (k, 2 G N), and biases or None.
       window_x, window_bc: (b, k-1, E), (b, k-1, 2 G N).
@@ -219,7 +146,6 @@ def mamba_projections(
     optional = {"bias_x": conv_x[1], "bias_bc": conv_bc[1], "keep": keep}
     named = {
         "x": x,
-        "scale": scale,
         "zx": zx,
         "bc": bc,
         "dt": dt,
@@ -235,55 +161,46 @@ def mamba_projections(
         given = dict(zip(named, refs, strict=False))
         z_out, x_out, bc_out, dt_out, window_x_out, window_bc_out = refs[len(named) :]
         program = pl.program_id(0)
-        norm = Norm(given["scale"], eps)
 
         def projected(weight, first, tiling):
             # Rounded as the plain product is.
-            values = product(given["x"], weight, first, tiling, norm=norm)
-            return [value.astype(x.dtype).astype(jnp.float32) for value in values]
+            return product(given["x"], weight, first, tiling).astype(x.dtype).astype(jnp.float32)
 
-        def convolve(values, first, name, output, window_out):
-            bias = given.get(f"bias_{name}")
-            store_row_vectors(
-                output,
-                first,
-                _move_window(
-                    values, first, given[f"window_{name}"], window_out, given[f"kernel_{name}"], bias, given.get("keep")
-                ),
+        def convolve(weight, at, first, tiling, name, output, window_out):
+            # What the convolution reads is under way while the product is made.
+            of_columns = _Convolved.read(
+                first, tiling.columns, given[f"window_{name}"], given[f"kernel_{name}"], given.get(f"bias_{name}")
             )
+            values = of_columns.step(projected(weight, at, tiling), window_out, given.get("keep"))
+            store_rows(output, first, values)
 
-        @pl.when(program < of_zx)
+        @pl.when(program < of_half)
         def _():
-            is_x = program >= of_half
-            first = jnp.where(is_x, program - of_half, program) * columns
+            store_rows(z_out, program * columns, projected(given["zx"], program * columns, tiling))
+
+        @pl.when((program >= of_half) & (program < of_zx))
+        def _():
+            first = (program - of_half) * columns
             # The same number either way; but only a plain multiple tells the compiler how wide it may load.
-            of_weight = program * columns if inner % columns == 0 else first + is_x.astype(jnp.int32) * inner
-            values = projected(given["zx"], of_weight, tiling)
-
-            @pl.when(program < of_half)
-            def _():
-                store_row_vectors(z_out, first, values)
-
-            @pl.when(is_x)
-            def _():
-                convolve(values, first, "x", x_out, window_x_out)
+            of_weight = program * columns if inner % columns == 0 else first + inner
+            convolve(given["zx"], of_weight, first, tiling, "x", x_out, window_x_out)
 
         @pl.when((program >= of_zx) & (program < of_zx + of_bc))
         def _():
             first = (program - of_zx) * narrow.columns
-            convolve(projected(given["bc"], first, narrow), first, "bc", bc_out, window_bc_out)
+            convolve(given["bc"], first, first, narrow, "bc", bc_out, window_bc_out)
 
         @pl.when(program >= of_zx + of_bc)
         def _():
             first = (program - of_zx - of_bc) * narrow.columns
             column, _ = columns_of(first, narrow.columns, heads)
             bias = plgpu.load(given["dt_bias"].at[column]).astype(jnp.float32)
-            steps = [_softplus(value + bias) for value in projected(given["dt"], first, narrow)]
+            step = _softplus(projected(given["dt"], first, narrow) + bias[None, :])
             if limit is not None:
-                steps = [jnp.clip(step, *limit) for step in steps]
+                step = jnp.clip(step, *limit)
             if "keep" in given:
-                steps = [jnp.where(given["keep"][row] != 0, step, 0.0) for row, step in enumerate(steps)]
-            store_row_vectors(dt_out, first, steps)
+                step = jnp.where((plgpu.load(given["keep"].at[rows_of(rows)]) != 0)[:, None], step, 0.0)
+            store_rows(dt_out, first, step)
 
     names = list(named)
     outputs = [
@@ -305,39 +222,57 @@ def _softplus(x):
     return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
-def _move_window(values, first, window, window_out, kernel, bias, keep):
-    """One step of the convolution for some columns: per row the value after SiLU, (columns,); the window moves on."""
-    rows, taps, width = window.shape
-    size = values[0].shape[0]
-    column, inside = columns_of(first, size, width)
-    weights = [plgpu.load(kernel.at[tap, column]).astype(jnp.float32) for tap in range(taps + 1)]
-    # All loads before the first store: they wait for each other once.
-    past = [[plgpu.load(window.at[row, tap, column]) for tap in range(taps)] for row in range(rows)]
-    start = jnp.zeros((size,), jnp.float32) if bias is None else plgpu.load(bias.at[column]).astype(jnp.float32)
-    results = []
-    to = first + jnp.arange(size, dtype=jnp.int32)
-    for row, value in enumerate(values):
-        inputs = [*past[row], value.astype(window.dtype)]
-        total = start
-        for weight, reached in zip(weights, inputs, strict=True):
-            total = total + weight * reached.astype(jnp.float32)
-        results.append(total * jax.nn.sigmoid(total))
-        mask = inside
+@dataclasses.dataclass(frozen=True)
+class _Convolved:
+    """What one step of the convolution reads for some columns.
+
+    Attributes:
+        first: of the columns. inside: (columns,), which are real; None for all.
+        past: the window, oldest first, (ROWS, columns) each. weights: of the taps, (columns,) each.
+        bias: (columns,) or None. All as they are stored: to convert them would be to wait for them.
+    """
+
+    first: Any
+    inside: jax.Array | None
+    past: list[jax.Array]
+    weights: list[jax.Array]
+    bias: jax.Array | None
+
+    @classmethod
+    def read(cls, first: Any, columns: int, window: Any, kernel: Any, bias: Any) -> _Convolved:
+        rows, taps, width = window.shape
+        row, (column, inside) = rows_of(rows), columns_of(first, columns, width)
+        past = [plgpu.load(window.at[row[:, None], tap, column[None, :]]) for tap in range(taps)]
+        weights = [plgpu.load(kernel.at[tap, column]) for tap in range(taps + 1)]
+        return cls(first, inside, past, weights, None if bias is None else plgpu.load(bias.at[column]))
+
+    def step(self, values: jax.Array, window_out: Any, keep: Any) -> jax.Array:
+        """(ROWS, columns) after SiLU; the window moves on, but for rows that `keep` has 0 for."""
+        rows, taps, _ = window_out.shape
+        inputs = [*self.past, values.astype(window_out.dtype)]
+        total = jnp.zeros(values.shape, jnp.float32)
+        if self.bias is not None:
+            total += self.bias.astype(jnp.float32)[None, :]
+        for weight, reached in zip(self.weights, inputs, strict=True):
+            total += weight.astype(jnp.float32)[None, :] * reached.astype(jnp.float32)
+        row, column = jnp.arange(ROWS, dtype=jnp.int32), self.first + jnp.arange(values.shape[1], dtype=jnp.int32)
+        moves = row < rows
         if keep is not None:
-            kept = jnp.broadcast_to(keep[row] != 0, (size,))
-            mask = kept if mask is None else mask & kept
+            moves &= plgpu.load(keep.at[rows_of(rows)]) != 0
+        moves = jnp.broadcast_to(moves[:, None], values.shape)
+        if self.inside is not None:
+            moves &= self.inside[None, :]
         for tap in range(taps):
-            plgpu.store(window_out.at[row, tap, to], inputs[tap + 1], mask=mask)
-    return results
+            plgpu.store(window_out.at[row[:, None], tap, column[None, :]], inputs[tap + 1], mask=moves)
+        return total * jax.nn.sigmoid(total)
 
 
-def store_row_vectors(output, first, values, *leading) -> None:
-    """Writes one vector (columns,) per row; columns beyond the output's width are dropped."""
-    size = values[0].shape[0]
-    column = first + jnp.arange(size, dtype=jnp.int32)
-    inside = None if output.shape[-1] % size == 0 else column < output.shape[-1]
-    for row, value in enumerate(values):
-        plgpu.store(output.at[(*leading, row, column)], value.astype(output.dtype), mask=inside)
+def store_rows(output, first, values, *leading) -> None:
+    """Writes (ROWS, columns); rows and columns beyond the output's are dropped."""
+    rows, width = output.shape[-2:]
+    row, column = jnp.arange(ROWS, dtype=jnp.int32)[:, None], first + jnp.arange(values.shape[1], dtype=jnp.int32)
+    inside = (row < rows) & (column < width)[None, :]
+    plgpu.store(output.at[(*leading, row, column[None, :])], values.astype(output.dtype), mask=inside)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "warps", "interpret"))
@@ -388,15 +323,12 @@ def gated_activation(
         column, _ = columns_of(first, tiling.columns, half)
 
         def finished(offset):
-            base = [plgpu.load(gate_up_in.at[row, offset + column]) for row in range(rows)]
+            base = plgpu.load(gate_up_in.at[rows_of(rows)[:, None], offset + column[None, :]])
             added = product(low_in, up_in, offset + first, tiling)
-            return [(a + b.astype(dtype)).astype(jnp.float32) for a, b in zip(base, added, strict=True)]
+            return (base + added.astype(dtype)).astype(jnp.float32)
 
-        results = [
-            ACTIVATIONS[activation](gate).astype(dtype).astype(jnp.float32) * up
-            for gate, up in zip(finished(0), finished(half), strict=True)
-        ]
-        store_row_vectors(output, first, results)
+        gate = ACTIVATIONS[activation](finished(0)).astype(dtype).astype(jnp.float32)
+        store_rows(output, first, gate * finished(half))
 
     outputs = [jax.ShapeDtypeStruct((rows, half), dtype)]
     grid = (pl.cdiv(half, tiling.columns),)

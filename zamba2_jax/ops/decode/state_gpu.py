@@ -19,12 +19,13 @@ def state_step(
     dt: jax.Array,
     A_log: jax.Array,
     D: jax.Array,
+    scale: jax.Array | None = None,
     *,
     groups: int,
     rows_per_program: int | None = None,
     warps: int | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """state <- exp(-dt exp(A_log)) state + dt x Bᵀ; y = state C + D x; y · silu(z). The state is updated in place.
 
     A program reads some rows of one head's state. With one sequence there must be many such programs; with many, larger
@@ -35,10 +36,12 @@ def state_step(
       x, z: (b, h p); z None for no gate. bc: (b, 2 g n), B before C.
       dt: (b, h) float32; where it is 0, the state stays.
       A_log, D: (h,).
+      scale: (h p,), of a norm that follows; None for none.
 
     Returns:
-      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state in the given one's dtype. Arithmetic is
-      in float32.
+      y · silu(z), or without a gate y, (b, h p) in x's dtype, and the new state in the given one's dtype. With a scale,
+      the first is multiplied by it, and third come sums of its squares before that, (b, g, m) float32, to be added over
+      m. Arithmetic is in float32.
     """
     batch, heads, headdim, size = state.shape
     if rows_per_program is None:
@@ -46,31 +49,44 @@ def state_step(
     block = min(rows_per_program, headdim)
 
     def mamba_state_step(state_in, x_in, bc_in, dt_in, a_in, d_in, *refs):
-        *z_in, gated_out, state_out = refs
+        *optional_in, gated_out, state_out = refs[: len(refs) - (scale is not None)]
         row, head = pl.program_id(0), pl.program_id(1)
         first = pl.program_id(2) * block
         group = head // (heads // groups)
         inner = pl.ds(head * headdim + first, block)
-        tile = state_in.at[row, head, pl.ds(first, block), :]
-        old = plgpu.load(tile).astype(jnp.float32)
+        tile = pl.ds(first, block)
+        # All loads before the first use of one: they are waited for once.
+        old = plgpu.load(state_in.at[row, head, tile, :])
         step = plgpu.load(dt_in.at[row, head])
-        decay = jnp.exp(-step * jnp.exp(plgpu.load(a_in.at[head])))
-        value = plgpu.load(x_in.at[row, inner]).astype(jnp.float32)
-        key = plgpu.load(bc_in.at[row, pl.ds(group * size, size)]).astype(jnp.float32)
-        query = plgpu.load(bc_in.at[row, pl.ds((groups + group) * size, size)]).astype(jnp.float32)
-        new = decay * old + (step * value)[:, None] * key[None, :]
-        y = (new * query[None, :]).sum(axis=1) + plgpu.load(d_in.at[head]) * value
-        plgpu.store(state_out.at[row, head, pl.ds(first, block), :], new.astype(state_out.dtype))
-        for ref in z_in:
-            gate = plgpu.load(ref.at[row, inner]).astype(jnp.float32)
+        a_log = plgpu.load(a_in.at[head])
+        skip = plgpu.load(d_in.at[head])
+        value = plgpu.load(x_in.at[row, inner])
+        key = plgpu.load(bc_in.at[row, pl.ds(group * size, size)])
+        query = plgpu.load(bc_in.at[row, pl.ds((groups + group) * size, size)])
+        optional_in = iter(optional_in)
+        gate = None if z is None else plgpu.load(next(optional_in).at[row, inner])
+        factor = None if scale is None else plgpu.load(next(optional_in).at[inner])
+
+        value, key, query = (part.astype(jnp.float32) for part in (value, key, query))
+        new = jnp.exp(-step * jnp.exp(a_log)) * old.astype(jnp.float32) + (step * value)[:, None] * key[None, :]
+        plgpu.store(state_out.at[row, head, tile, :], new.astype(state_out.dtype))
+        y = (new * query[None, :]).sum(axis=1) + skip * value
+        if gate is not None:
+            gate = gate.astype(jnp.float32)
             y = y * gate * jax.nn.sigmoid(gate)
+        if factor is not None:
+            plgpu.store(refs[-1].at[row, head, pl.program_id(2)], (y * y).sum(axis=0))
+            y = y * factor.astype(jnp.float32)
         plgpu.store(gated_out.at[row, inner], y.astype(gated_out.dtype))
 
-    operands = (state, x, bc, dt, A_log, D, *(() if z is None else (z,)))
-    outputs = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype))
-    gated, state = pl.pallas_call(
+    blocks = headdim // block
+    operands = [state, x, bc, dt, A_log, D, *(array for array in (z, scale) if array is not None)]
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype)]
+    if scale is not None:
+        outputs.append(jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32))
+    gated, state, *squares = pl.pallas_call(
         mamba_state_step,
-        grid=(batch, heads, headdim // block),
+        grid=(batch, heads, blocks),
         in_specs=[_whole(array.shape) for array in operands],
         out_specs=[_whole(array.shape) for array in outputs],
         out_shape=outputs,
@@ -79,7 +95,7 @@ def state_step(
         interpret=interpret,
         name="mamba_state_step",
     )(*operands)
-    return gated, state
+    return gated, state, *(part.reshape(batch, groups, -1) for part in squares)
 
 
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
