@@ -22,10 +22,8 @@ from typing import Any
 from bench import results
 from bench.processes import ROOT
 from bench.sizes import PUBLISHED
-from zamba2_jax.tpu_slices import CHIPS, check_compiler, compiler_environment
+from zamba2_jax.tpu_slices import CHIPS, check_compiler, compiler_environment, parse_slice
 
-# Slices of 16 chips.
-SLICE = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}
 PROGRAMS = {
     "decode": "one step, one row, 4096 cache slots, bfloat16",
     "decode-int8": "the same with int8 weights",
@@ -33,6 +31,8 @@ PROGRAMS = {
     "train": "loss and gradient, 4096 tokens per chip, rematerialised, equal layers scanned",
 }
 SLICES = (1, 2, 4, 8, 16)
+# The chips of a host; fewer are a part of it.
+_SMALLEST_SLICE = 4
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,7 +90,9 @@ def compile_row(size: str, chip: str, program: str, timeout: float) -> dict[str,
 def _compile(size: str, chip: str, program: str, chips: int, timeout: float) -> dict[str, Any]:
     environment = os.environ | compiler_environment(chip)
     hbm = str(CHIPS[chip].hbm_bytes)
-    command = [sys.executable, "-m", "bench.tpu_compile", size, SLICE[chip], program, str(chips), hbm]
+    # A slice of that size: libtpu ends the process over a program for four chips in a row of a larger one.
+    topology = parse_slice(f"{chip}-{max(chips, _SMALLEST_SLICE) * CHIPS[chip].cores}").topology
+    command = [sys.executable, "-m", "bench.tpu_compile", size, topology, program, str(chips), hbm]
     outcome = {"chips": chips, "status": "error", "seconds": None, "bytes": None, "kernels": {}, "error": None}
     start = time.monotonic()
     try:
