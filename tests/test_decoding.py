@@ -87,13 +87,41 @@ def test_mamba_layer(kind, rows, masked, monkeypatch):
         rows, 1, token_mask=mask, segment_ids=None, position_ids=None, first_position=jnp.zeros(rows, jnp.int32)
     )
     expected, left = jax.jit(lambda *arrays: layer(arrays[0], layout, *arrays[1:]))(hidden, state, other)
-    got, ours = jax.jit(
-        lambda hidden, state, other: decoding.mamba_layer_step(layer, hidden, layout, state, other, interpret=INTERPRET)
+    following = model.model.layers[1].input_layernorm
+    got, ours, normed = jax.jit(
+        lambda hidden, state, other: decoding.mamba_layer_step(
+            layer, hidden, layout, state, other, following=following, interpret=INTERPRET
+        )
     )(hidden, state, other)
+    assert_close(normed, following(got)[:, 0])
     real = slice(None) if mask is None else mask[:, 0]  # what a masked token yields is read by nobody
     assert_close((got[real], ours), (expected[real], left))
     if masked:
         assert_close(jax.tree.map(lambda leaf: leaf[1], ours), jax.tree.map(lambda leaf: leaf[1], state))
+
+
+def test_layers_that_norm_for_each_other(monkeypatch):
+    """A step of all layers, each of which hands the next its norm, but where a shared block comes between."""
+    kinds = ["mamba", "mamba", "hybrid", "mamba"]
+    config = Zamba2Config(**SIZES | {"num_hidden_layers": 4, "layers_block_type": kinds}, **KINDS["1.2B"])
+    model = Zamba2ForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    cache = model(jnp.asarray([[5, 6, 7]]), use_cache=True, cache_length=8).past_key_values
+    step = {"past_key_values": cache, "output_hidden_states": True}
+    switch_off(monkeypatch, "mamba_obstacle")
+    plain = jax.jit(lambda: model(jnp.asarray([[8]]), **step))()
+
+    handed_on = []
+    fused_step = decoding.mamba_layer_step
+
+    def watched(layer, hidden, layout, state, output, normed, following):
+        handed_on.append((normed is not None, following is not None))
+        return fused_step(layer, hidden, layout, state, output, normed, following, interpret=INTERPRET)
+
+    monkeypatch.setattr(decoding, "mamba_obstacle", lambda *_: None)
+    monkeypatch.setattr(decoding, "mamba_layer_step", watched)
+    fused = jax.jit(lambda: model(jnp.asarray([[8]]), **step))()
+    assert handed_on == [(False, True), (True, False), (False, True), (True, False)]
+    assert_close((fused.hidden_states, fused.past_key_values.mamba), (plain.hidden_states, plain.past_key_values.mamba))
 
 
 @pytest.mark.parametrize(("dtype", "masked"), [(jnp.bfloat16, False), (jnp.float32, True)])

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from zamba2_jax import layer_pattern
 from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layer_pattern import Stage
+from zamba2_jax.layers import decoding
 from zamba2_jax.layers.linear import Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.projection import PROJECTION
@@ -113,6 +114,8 @@ class LayerStack:
         """What the last layer makes of `hidden`, before the final norm, and the trail."""
         if execution.scan:
             return self._scan(hidden, past, execution.checkpoint)
+        if self._has_fused_steps(hidden, past):
+            return self._steps(hidden, past)
         remember = _checkpoint(execution.checkpoint)
         trail = Trail()
         for index, layer in enumerate(self.layers):
@@ -125,6 +128,31 @@ class LayerStack:
             of_layer = (past.mamba[index], past.mamba_dropout_keys[index])
             hidden, left = self._apply_layer(remember, layer, hidden, *of_layer, output)
             trail.add_layer(left)
+        return hidden, trail
+
+    def _has_fused_steps(self, hidden: Float[Array, "b l d"], past: Past) -> bool:
+        if not self.layout.is_step or any(state is None for state in past.mamba):
+            return False
+        return all(decoding.mamba_obstacle(layer, hidden.shape[0]) is None for layer in self.layers)
+
+    def _steps(self, hidden: Float[Array, "b 1 d"], past: Past) -> tuple[Float[Array, "b 1 d"], Trail]:
+        """`run` for one token on a GPU: each layer begins the next one, whose norm it makes with its sum."""
+        trail, normed = Trail(), None
+        for index, layer in enumerate(self.layers):
+            output = None
+            if index in self._use_of_layer:
+                j = self._use_of_layer[index]
+                use = (past.attention[j], past.dropout_keys[j])
+                output, left = self._apply_use(_checkpoint("none"), self._block_of(j), self.uses[j], hidden, *use)
+                trail.add_use(left)
+            following = None
+            if index + 1 < len(self.layers) and index + 1 not in self._use_of_layer:
+                following = self.layers[index + 1].input_layernorm
+            before = hidden if self.keep_inputs else None
+            hidden, state, normed = decoding.mamba_layer_step(
+                layer, hidden, self.layout, past.mamba[index], output, normed, following
+            )
+            trail.add_layer((before, state))
         return hidden, trail
 
     @functools.cached_property

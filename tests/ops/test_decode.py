@@ -98,8 +98,9 @@ class TestRows:
     @pytest.mark.parametrize("width", [48, 512, 700])
     def test_pieces_alone(self, width):
         pieces = draw(0, 4, 2, width)
-        result = rows_gpu.join(pieces, dtype=jnp.float32, interpret=INTERPRET)
+        result, normed = rows_gpu.join(pieces, dtype=jnp.float32, interpret=INTERPRET)
         np.testing.assert_allclose(result, pieces.sum(0), **CLOSE)
+        assert normed is None
 
     @pytest.mark.parametrize(("rows", "groups", "splits"), [(1, 1, 4), (3, 2, 4), (2, 2, 2)])
     def test_pieces_of_a_normed_row_and_a_residual(self, rows, groups, splits):
@@ -107,23 +108,29 @@ class TestRows:
         pieces = jnp.einsum("bsk,skn->sbn", x.reshape(rows, splits, -1), weight.reshape(splits, -1, 48))
         squares = jnp.square(x).reshape(rows, groups, 4, -1).sum(-1)[:, :, :3]
         squares = squares.at[:, :, 2].add(jnp.square(x).reshape(rows, groups, 4, -1).sum(-1)[:, :, 3])
-        result = rows_gpu.join(
+        scale = draw(4, 48)
+        result, normed = rows_gpu.join(
             pieces,
             squares,
             residual,
+            scale,
             groups=groups,
             width=128 // groups,
             gate_eps=1e-2,
+            eps=1e-3,
             dtype=jnp.float32,
             interpret=INTERPRET,
         )
-        np.testing.assert_allclose(result, normalised(x, 1e-2, groups) @ weight + residual, **CLOSE)
+        expected = normalised(x, 1e-2, groups) @ weight + residual
+        np.testing.assert_allclose(result, expected, **CLOSE)
+        np.testing.assert_allclose(normed, normalised(expected, 1e-3) * scale, **CLOSE)
 
     @pytest.mark.parametrize("width", [48, 700])
     def test_norm_of_the_sum(self, width):
         pieces, scale = draw(0, 4, 2, width), draw(1, width)
-        result = rows_gpu.join(pieces, scale=scale, eps=1e-3, dtype=jnp.float32, interpret=INTERPRET)
-        np.testing.assert_allclose(result, normalised(pieces.sum(0), 1e-3) * scale, **CLOSE)
+        result, normed = rows_gpu.join(pieces, scale=scale, eps=1e-3, dtype=jnp.float32, interpret=INTERPRET)
+        np.testing.assert_allclose(result, pieces.sum(0), **CLOSE)
+        np.testing.assert_allclose(normed, normalised(pieces.sum(0), 1e-3) * scale, **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

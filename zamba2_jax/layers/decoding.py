@@ -1,9 +1,9 @@
 """One decoding step of whole layers in few launches, for a GPU. The plain form is the layer itself.
 
 With few rows a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
-than the pass: here a mamba layer is five launches and a use of a shared block twelve. More rows, and weights that are
-not plain arrays of the compute dtype, leave the products to XLA; what lies between a mixer's projections and its norm
-is two launches then.
+than the pass: here a mamba layer is four launches (five after a shared block) and a use of a shared block twelve. More
+rows, and weights that are not plain arrays of the compute dtype, leave the products to XLA; what lies between a mixer's
+projections and its norm is two launches then.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from zamba2_jax.tokens import TokenLayout
 
 if TYPE_CHECKING:
     from zamba2_jax.layers.mamba2 import Mamba2Mixer, MambaLayer
+    from zamba2_jax.layers.norms import RMSNorm
     from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
 
 # Measured on an H100, for 1 and 8 rows of the 1.2B shape.
@@ -50,18 +51,30 @@ def mamba_layer_step(
     layout: TokenLayout,
     state: MambaState,
     transformer_output: Float[Array, "b 1 d"] | None,
+    normed: Float[Array, "b d"] | None = None,
+    following: RMSNorm | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "b 1 d"], MambaState]:
-    """`layer` for one token: projections with norm and convolution; state; output projection; sum."""
+) -> tuple[Float[Array, "b 1 d"], MambaState, Float[Array, "b d"] | None]:
+    """`layer` for one token: norm; projections and convolution; state; output projection; sum.
+
+    Args:
+        normed: the layer's norm of `hidden`, where the layer before has made it.
+        following: the norm that the next layer begins with, where it reads nothing but this one's output.
+
+    Returns:
+        The stream, the layer's next state, and `following` of the stream.
+    """
     mixer = layer.mamba
     config = mixer.config
     rows, width = hidden.shape[0], hidden.shape[2]
     both = 2 * config.mamba_ngroups * config.mamba_d_state
     residual = hidden[:, 0]
-    norm = layer.input_layernorm
-    added = [] if transformer_output is None else [transformer_output[:, 0]]
+    if normed is None:
+        norm = layer.input_layernorm
+        added = [] if transformer_output is None else [transformer_output[:, 0]]
+        normed = rows_gpu.rms_norm([[residual, *added]], norm.scale[...], eps=norm.eps, interpret=interpret)
     z, x, bc, dt, window_x, window_bc = products_gpu.mamba_projections(
-        rows_gpu.rms_norm([[residual, *added]], norm.scale[...], eps=norm.eps, interpret=interpret),
+        normed,
         mixer.zx_proj.kernel[...].reshape(width, -1),
         mixer.bc_proj.kernel[...].reshape(width, -1),
         mixer.dt_proj.kernel[...],
@@ -87,9 +100,10 @@ def mamba_layer_step(
         groups=config.mamba_ngroups,
         interpret=interpret,
     )
-    mixed = _deep_product(
+    out, normed = _deep_product(
         gated,
         mixer.out_proj,
+        following,
         squares=squares,
         residual=residual,
         groups=config.mamba_ngroups,
@@ -97,7 +111,7 @@ def mamba_layer_step(
         gate_eps=mixer.norm.eps,
         interpret=interpret,
     )
-    return mixed[:, None], MambaState(window_x, window_bc.reshape(state.conv_bc.shape), ssm)
+    return out[:, None], MambaState(window_x, window_bc.reshape(state.conv_bc.shape), ssm), normed
 
 
 def recurrence_obstacle(mixer: Mamba2Mixer, interpret: bool = False) -> str | None:
@@ -222,10 +236,7 @@ def shared_block_step(
         implementation="pallas_gpu" if interpret else None,
         interpret=interpret,
     )
-    norm = block.pre_ff_layernorm
-    x = _deep_product(
-        mixed.reshape(rows, -1), attention.o_proj, scale=norm.scale[...], eps=norm.eps, interpret=interpret
-    )
+    _, x = _deep_product(mixed.reshape(rows, -1), attention.o_proj, block.pre_ff_layernorm, interpret=interpret)
     gate_up, low = products_gpu.skinny_matmul(
         x,
         [mlp.gate_up_proj.kernel[...].reshape(width, -1), use.gate_up_adapter.down.kernel[...]],
@@ -240,8 +251,9 @@ def shared_block_step(
         tiling=TILING,
         interpret=interpret,
     )
-    x = _deep_product(x, mlp.down_proj, interpret=interpret)
-    return _deep_product(x, use.linear, interpret=interpret)[:, None], KeyValue(key, value)
+    x, _ = _deep_product(x, mlp.down_proj, interpret=interpret)
+    x, _ = _deep_product(x, use.linear, interpret=interpret)
+    return x[:, None], KeyValue(key, value)
 
 
 def head_obstacle(embedding: Embed, rows: int, interpret: bool = False) -> str | None:
@@ -259,12 +271,20 @@ def head_scores(embedding: Embed, hidden: Float[Array, "b 1 d"], interpret: bool
 
 
 def _deep_product(
-    x: Float[Array, "b k"], weight: Linear, *, groups: int = 1, interpret: bool, **finish: Any
-) -> jax.Array:
-    """x W, W cut along its depth, and what `rows_gpu.join` does with the sum."""
+    x: Float[Array, "b k"],
+    weight: Linear,
+    norm: RMSNorm | None = None,
+    *,
+    groups: int = 1,
+    interpret: bool,
+    **finish: Any,
+) -> tuple[Float[Array, "b n"], Float[Array, "b n"] | None]:
+    """x W, W cut along its depth, what `rows_gpu.join` makes of the pieces with `finish`, and the norm of that."""
     kernel = weight.kernel[...]
     splits = products_gpu.depth_splits(*kernel.shape, DEEP, groups)
     pieces = products_gpu.split_matmul(x, kernel, splits=splits, tiling=DEEP, interpret=interpret)
+    if norm is not None:
+        finish |= {"scale": norm.scale[...], "eps": norm.eps}
     return rows_gpu.join(pieces, groups=groups, dtype=x.dtype, interpret=interpret, **finish)
 
 

@@ -202,7 +202,7 @@ class MambaLayer(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "b l d"], MambaState | MambaSteps | None]:
         if state is not None and layout.is_step and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
-            return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)
+            return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)[:2]
         mixer_input = hidden if transformer_output is None else hidden + transformer_output
         mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state, dropout_key)
         return constrain(hidden + mixed, "batch", "length", None), state

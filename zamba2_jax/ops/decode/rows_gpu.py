@@ -71,8 +71,8 @@ def join(
     eps: float | None = None,
     dtype: jax.typing.DTypeLike,
     interpret: bool = False,
-) -> jax.Array:
-    """Adds the pieces of `split_matmul`: finishes the norm of what was multiplied, adds the residual or norms the sum.
+) -> tuple[jax.Array, jax.Array | None]:
+    """Adds the pieces of `split_matmul`: finishes the norm of what was multiplied, adds the residual, norms the sum.
 
     Args:
       pieces: (splits, b, N) float32.
@@ -83,7 +83,8 @@ def join(
       scale, eps: of an RMSNorm (N,) of the result; None for none.
 
     Returns:
-      (b, N) in `dtype`, to which the sum is rounded before anything is done with it, as the plain form does.
+      The sum (b, N) in `dtype`, to which it is rounded before anything is done with it, as the plain form does; and its
+      norm, or None.
     """
     splits, rows, outputs = pieces.shape
     columns = _Columns.of(outputs, None if scale is not None else _COLUMNS)
@@ -91,7 +92,7 @@ def join(
     named = {name: array for name, array in named.items() if array is not None}
 
     def kernel(*refs):
-        given = dict(zip(named, refs, strict=False))
+        given, results = dict(zip(named, refs, strict=False)), refs[len(named) :]
         row, first = pl.program_id(0), pl.program_id(1) * columns.size
         values = [columns.load(given["pieces"], piece, row, first=first) for piece in range(splits)]
         of_residual = columns.load(given["residual"], row, first=first) if "residual" in given else None
@@ -106,16 +107,17 @@ def join(
         total = sum(values[1:], values[0]).astype(dtype)
         if of_residual is not None:
             total = total + of_residual.astype(dtype)
+        columns.store(results[0], total, row, first=first)
         if of_scale is not None:
             wide = total.astype(jnp.float32)
             mean = columns.keep(wide * wide).sum(axis=0) / outputs
-            total = (wide * jax.lax.rsqrt(mean + eps) * of_scale.astype(jnp.float32)).astype(dtype)
-        columns.store(refs[-1], total, row, first=first)
+            columns.store(results[1], wide * jax.lax.rsqrt(mean + eps) * of_scale.astype(jnp.float32), row)
 
     grid = (rows, pl.cdiv(outputs, columns.size))
     output = jax.ShapeDtypeStruct((rows, outputs), dtype)
-    warps = 4 if scale is None else 8
-    return _call(kernel, "join", grid, list(named.values()), [output], warps, interpret)[0]
+    results = [output] if scale is None else [output, output]
+    total, *normed = _call(kernel, "join", grid, list(named.values()), results, 4 if scale is None else 8, interpret)
+    return total, normed[0] if normed else None
 
 
 @dataclasses.dataclass(frozen=True)
