@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.decode.launch_gpu import launch
+
 # Programs that keep a large card busy.
 PROGRAMS = 512
 # Slots that a program reads at a time.
@@ -133,17 +135,17 @@ def rotate_and_store(
     names = list(operands)
     outputs = (projected[0], key_cache, value_cache)
     return tuple(
-        pl.pallas_call(
+        launch(
             rotate_and_store,
-            grid=(heads + 2 * kv_heads,),
-            in_specs=[_whole(array.shape) for array in operands.values()],
-            out_specs=[_whole(array.shape) for array in outputs],
-            out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs],
-            input_output_aliases={names.index("key_cache"): 1, names.index("value_cache"): 2},
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+            "rotate_and_store",
+            (heads + 2 * kv_heads,),
+            list(operands.values()),
+            [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs],
+            warps=4,
+            stages=2,
+            in_place={names.index("key_cache"): 1, names.index("value_cache"): 2},
             interpret=interpret,
-            name="rotate_and_store",
-        )(*operands.values())
+        )
     )
 
 
@@ -247,27 +249,13 @@ def cached_attention(
     else:
         sums = jax.ShapeDtypeStruct((rows, heads, parts), jnp.float32)
         outputs = [jax.ShapeDtypeStruct((rows, heads, parts, head_dim), jnp.float32), sums, sums]
-    mixed, *sums = pl.pallas_call(
-        cached_attention,
-        grid=(rows, kv_heads, parts),
-        in_specs=[_whole(array.shape) for array in operands],
-        out_specs=[_whole(array.shape) for array in outputs],
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name="cached_attention",
-    )(*operands)
+    grid = (rows, kv_heads, parts)
+    mixed, *sums = launch(
+        cached_attention, "cached_attention", grid, operands, outputs, warps=warps, interpret=interpret
+    )
     if parts == 1:
         return mixed
     largest, total = sums
     weight = jnp.exp(largest - largest.max(axis=-1, keepdims=True))
     joined = (mixed * weight[..., None]).sum(axis=2) / (total * weight).sum(axis=-1)[..., None]
     return joined.astype(query.dtype)
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, functools.partial(_origin, len(shape)))
-
-
-def _origin(rank: int, *_) -> tuple[int, ...]:
-    return (0,) * rank

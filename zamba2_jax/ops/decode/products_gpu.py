@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.decode.launch_gpu import launch
 from zamba2_jax.ops.decode.strips_gpu import ROWS, Tiling, columns_of, product, rows_of
 
 # More rows are XLA's.
@@ -78,7 +79,11 @@ def skinny_matmul(
             before += count
 
     outputs = [jax.ShapeDtypeStruct((rows, width), dtype) for width in widths]
-    return tuple(_call(kernel, "skinny_matmul", (sum(programs),), [x, *weights], outputs, tiling, interpret))
+    return tuple(
+        launch(
+            kernel, "skinny_matmul", (sum(programs),), [x, *weights], outputs, **tiling.programs(), interpret=interpret
+        )
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("splits", "tiling", "interpret"))
@@ -101,7 +106,7 @@ def split_matmul(
 
     outputs = [jax.ShapeDtypeStruct((splits, rows, width), jnp.float32)]
     grid = (pl.cdiv(width, tiling.columns), splits)
-    return _call(kernel, "split_matmul", grid, [x, weight], outputs, tiling, interpret)[0]
+    return launch(kernel, "split_matmul", grid, [x, weight], outputs, **tiling.programs(), interpret=interpret)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("limit", "tiling", "interpret"))
@@ -211,10 +216,17 @@ def mamba_projections(
         jax.ShapeDtypeStruct(window_x.shape, window_x.dtype),
         jax.ShapeDtypeStruct(window_bc.shape, window_bc.dtype),
     ]
-    aliases = {names.index("window_x"): 4, names.index("window_bc"): 5}
-    grid = (of_zx + of_bc + of_dt,)
     return tuple(
-        _call(kernel, "mamba_projections", grid, list(named.values()), outputs, tiling, interpret, aliases=aliases)
+        launch(
+            kernel,
+            "mamba_projections",
+            (of_zx + of_bc + of_dt,),
+            list(named.values()),
+            outputs,
+            **tiling.programs(),
+            in_place={names.index("window_x"): 4, names.index("window_bc"): 5},
+            interpret=interpret,
+        )
     )
 
 
@@ -300,7 +312,7 @@ def head_matmul(
 
     outputs = [jax.ShapeDtypeStruct((rows, vocab), x.dtype)]
     grid = (pl.cdiv(vocab, columns),)
-    return _call(kernel, "head_matmul", grid, [x, embedding], outputs, Tiling(warps=warps), interpret)[0]
+    return launch(kernel, "head_matmul", grid, [x, embedding], outputs, warps=warps, interpret=interpret)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "tiling", "interpret"))
@@ -332,7 +344,9 @@ def gated_activation(
 
     outputs = [jax.ShapeDtypeStruct((rows, half), dtype)]
     grid = (pl.cdiv(half, tiling.columns),)
-    return _call(kernel, "gated_activation", grid, [gate_up, low, up], outputs, tiling, interpret)[0]
+    return launch(
+        kernel, "gated_activation", grid, [gate_up, low, up], outputs, **tiling.programs(), interpret=interpret
+    )[0]
 
 
 def _erf(x):
@@ -349,21 +363,3 @@ ACTIVATIONS = {
     "swish": lambda x: x * jax.nn.sigmoid(x),
     "relu": lambda x: jnp.maximum(x, 0.0),
 }
-
-
-def _call(kernel, name, grid, operands, outputs, tiling, interpret, aliases=None):
-    def whole(array):
-        return pl.BlockSpec(array.shape, lambda *_: (0,) * len(array.shape))
-
-    kernel.__name__ = name  # what a profile shows
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[whole(array) for array in operands],
-        out_specs=[whole(array) for array in outputs],
-        out_shape=outputs,
-        input_output_aliases=aliases or {},
-        compiler_params=tiling.compiler_params(),
-        interpret=interpret,
-        name=name,
-    )(*operands)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.decode.launch_gpu import launch
+
 # Columns of a program where rows need not be whole.
 _COLUMNS = 512
 
@@ -55,7 +57,7 @@ def rms_norm(
             first += columns.width
 
     output = jax.ShapeDtypeStruct((rows, total), dtype)
-    return _call(kernel, "rms_norm", (rows,), [*arrays, scale], [output], 8, interpret)[0]
+    return launch(kernel, "rms_norm", (rows,), [*arrays, scale], [output], warps=8, interpret=interpret)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "width", "gate_eps", "eps", "dtype", "interpret"))
@@ -116,7 +118,8 @@ def join(
     grid = (rows, pl.cdiv(outputs, columns.size))
     output = jax.ShapeDtypeStruct((rows, outputs), dtype)
     results = [output] if scale is None else [output, output]
-    total, *normed = _call(kernel, "join", grid, list(named.values()), results, 4 if scale is None else 8, interpret)
+    warps = 4 if scale is None else 8
+    total, *normed = launch(kernel, "join", grid, list(named.values()), results, warps=warps, interpret=interpret)
     return total, normed[0] if normed else None
 
 
@@ -154,20 +157,3 @@ class _Columns:
         elif self.width % self.size:
             inside = first + place < self.width
         plgpu.store(ref.at[(*leading, first + place)], values.astype(ref.dtype), mask=inside)
-
-
-def _call(kernel, name, grid, operands, outputs, warps, interpret):
-    def whole(array):
-        return pl.BlockSpec(array.shape, lambda *_: (0,) * len(array.shape))
-
-    kernel.__name__ = name  # what a profile shows
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[whole(array) for array in operands],
-        out_specs=[whole(array) for array in outputs],
-        out_shape=outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name=name,
-    )(*operands)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.decode.launch_gpu import launch
+
 
 @functools.partial(jax.jit, static_argnames=("groups", "rows_per_program", "warps", "interpret"))
 def state_step(
@@ -84,19 +86,14 @@ def state_step(
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype)]
     if scale is not None:
         outputs.append(jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32))
-    gated, state, *squares = pl.pallas_call(
+    gated, state, *squares = launch(
         mamba_state_step,
-        grid=(batch, heads, blocks),
-        in_specs=[_whole(array.shape) for array in operands],
-        out_specs=[_whole(array.shape) for array in outputs],
-        out_shape=outputs,
-        input_output_aliases={0: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        "mamba_state_step",
+        (batch, heads, blocks),
+        operands,
+        outputs,
+        warps=warps,
+        in_place={0: 1},
         interpret=interpret,
-        name="mamba_state_step",
-    )(*operands)
+    )
     return gated, state, *(part.reshape(batch, groups, -1) for part in squares)
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))

@@ -37,8 +37,9 @@ class Tiling:
     warps: int = 2
     stages: int = 5
 
-    def compiler_params(self) -> plgpu.CompilerParams:
-        return plgpu.CompilerParams(num_warps=self.warps, num_stages=self.stages)
+    def programs(self) -> dict[str, int]:
+        """What `launch` needs to know of it."""
+        return {"warps": self.warps, "stages": self.stages}
 
 
 def columns_of(first: Any, size: int, width: int) -> tuple[jax.Array, jax.Array | None]:

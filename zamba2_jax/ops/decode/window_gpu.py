@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.decode.launch_gpu import launch
+
 # Channels, or heads, of one program.
 CHANNELS = 256
 
@@ -118,19 +120,14 @@ def conv_step(
     ]
     names = list(named)
     return tuple(
-        pl.pallas_call(
+        launch(
             mamba_conv_step,
-            grid=(rows, of_x + of_bc + of_dt),
-            in_specs=[_whole(array.shape) for array in named.values()],
-            out_specs=[_whole(array.shape) for array in outputs],
-            out_shape=outputs,
-            input_output_aliases={names.index("window_x"): 3, names.index("window_bc"): 4},
-            compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+            "mamba_conv_step",
+            (rows, of_x + of_bc + of_dt),
+            list(named.values()),
+            outputs,
+            warps=2,
+            in_place={names.index("window_x"): 3, names.index("window_bc"): 4},
             interpret=interpret,
-            name="mamba_conv_step",
-        )(*named.values())
+        )
     )
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))

@@ -1,0 +1,53 @@
+"""How the decode kernels are launched: every program sees all of every array and finds its own part."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+def launch(
+    kernel: Callable[..., None],
+    name: str,
+    grid: tuple[int, ...],
+    operands: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    warps: int,
+    stages: int = 1,
+    in_place: Mapping[int, int] | None = None,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Runs `kernel(*operands, *outputs)`, all of them references, once for each place of the grid.
+
+    Args:
+      name: what a profile shows.
+      warps, stages: of a program, for Triton's compiler.
+      in_place: outputs that take the memory of operands, by the operands' places.
+      interpret: run the body in plain JAX, on any device.
+    """
+    kernel.__name__ = name
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[_whole(array.shape) for array in operands],
+        out_specs=[_whole(array.shape) for array in outputs],
+        out_shape=list(outputs),
+        input_output_aliases=dict(in_place or {}),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )(*operands)
+
+
+def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, functools.partial(_origin, len(shape)))
+
+
+def _origin(rank: int, *_: Any) -> tuple[int, ...]:
+    return (0,) * rank
