@@ -144,7 +144,8 @@ class TestRuns:
         y, after = causal_conv(
             x, kernel, bias, initial_window=window, run_start=bounds, run_end=bounds + 2, segment_ids=ids
         )
-        CLOSE(y, kernel[0] * x + bias)
+        for row, start in enumerate(bounds):
+            CLOSE(y[row, start : start + 2], kernel[0] * x[row, start : start + 2] + bias)
         assert after.shape == (3, 0, 5)
 
 
