@@ -34,4 +34,5 @@ def jit_many_tokens(function: Callable[..., Any], **options: Any) -> Callable[..
     def call(*arguments: Any, **named: Any) -> Any:
         return jitted(platform())(*arguments, **named)
 
+    call.lower = lambda *arguments, **named: jitted(platform()).lower(*arguments, **named)
     return call

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.executables import jit_kept
 from zamba2_jax.generation.processors import EARLY_STOPPING, Knobs, Processors, Prompt, process
 from zamba2_jax.generation.programs import Structure, gumbel_noise, next_logits, where
 from zamba2_jax.sharding import constrain_whole
@@ -94,7 +95,7 @@ def start(tokens: np.ndarray, num_beams: int, scores: np.ndarray | None, logits:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "processors"), donate_argnames=("cache",))
+@functools.partial(jit_kept, static_argnames=("structure", "processors"), donate_argnames=("cache",))
 def decode_beams(
     structure: Structure,
     weights: list[jax.Array],

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int16, Int32
 
 from zamba2_jax.cache import Zamba2Cache
+from zamba2_jax.executables import jit_kept
 from zamba2_jax.generation import programs
 from zamba2_jax.generation.processors import Knobs, Processors, Prompt
 from zamba2_jax.generation.programs import Decoding, Structure
@@ -37,7 +38,7 @@ class _Carry:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("structure", "processors", "num_tokens", "ngram_size"), donate_argnames=("cache",)
+    jit_kept, static_argnames=("structure", "processors", "num_tokens", "ngram_size"), donate_argnames=("cache",)
 )
 def decode(
     structure: Structure,

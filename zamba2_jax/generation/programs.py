@@ -21,7 +21,9 @@ from jaxtyping import Array, Bool, Float, Int16, Int32, UInt32
 
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.compilation import jit_many_tokens
+from zamba2_jax.executables import jit_kept
 from zamba2_jax.generation.processors import Knobs, Processors, Prompt, process
+from zamba2_jax.program_key import digest
 from zamba2_jax.sharding import constrain, constrain_whole, generation_mesh, mesh_of
 
 
@@ -49,6 +51,14 @@ class Structure:
             variable.get_raw_value() is leaf for variable, leaf in zip(self._variables, self._leaves, strict=True)
         )
         return list(self._variables) if same else []
+
+    def key_parts(self) -> list[str]:
+        """What `zamba2_jax.program_key` is to know of it."""
+        return [self._digest]
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return digest([self._graphdef, self._treedef])
 
     def model(self, weights: list[jax.Array]) -> Any:
         return nnx.merge(self._graphdef, self._treedef.unflatten(weights))
@@ -138,7 +148,7 @@ class Decoding:
     stop: Int32[Array, " r"] | None = None
 
 
-@functools.partial(jit_many_tokens, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"))
+@functools.partial(jit_kept, static_argnames=("structure", "chunk", "capacity", "ssm_dtype"), jit=jit_many_tokens)
 def prefill(
     structure: Structure,
     weights: list[jax.Array],
@@ -178,7 +188,7 @@ def prefill(
     return jax.lax.fori_loop(0, chunks, read_chunk, (nothing, cache))
 
 
-@functools.partial(jax.jit, static_argnames=("copies",))
+@functools.partial(jit_kept, static_argnames=("copies",))
 def repeat_rows(
     logits: Float[Array, "b v"], cache: Zamba2Cache, *, copies: int
 ) -> tuple[Float[Array, "r v"], Zamba2Cache]:
@@ -187,7 +197,7 @@ def repeat_rows(
     return logits[rows], cache.reorder(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "processors", "hold_finished"), donate_argnames=("cache",))
+@functools.partial(jit_kept, static_argnames=("structure", "processors", "hold_finished"), donate_argnames=("cache",))
 def decode(
     structure: Structure,
     weights: list[jax.Array],
