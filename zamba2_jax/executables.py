@@ -69,6 +69,7 @@ class KeptProgram:
         ]
         # By what calls have of types and static values: the program, None where it is left to jit. It holds no arrays.
         self._of_call: dict[Any, Callable[..., Any] | None] = {}
+        self._latest: tuple[Any, Callable[..., Any] | None] = None, None
         self._of_key: dict[str, Callable[..., Any]] = {}
         program_key.clear_with_jax(self)
 
@@ -83,10 +84,12 @@ class KeptProgram:
         )
         leaves, tree = jax.tree.flatten((traced, traced_named))
         call = static, tree, program_key.call_types(leaves), program_key.trace_context()
-        try:
+        latest, program = self._latest
+        if call != latest:  # to compare is faster than to hash
+            if call not in self._of_call:
+                self._of_call[call] = self._find(arguments, named, static, tree, leaves)
             program = self._of_call[call]
-        except KeyError:
-            program = self._of_call[call] = self._find(arguments, named, static, tree, leaves)
+            self._latest = call, program
         if program is None:
             return self._jitted(*arguments, **named)
         try:
@@ -105,6 +108,7 @@ class KeptProgram:
     def cache_clear(self) -> None:
         """Forgets the programs in memory, as `jax.clear_caches()` asks of everyone."""
         self._of_call.clear()
+        self._latest = None, None
         self._of_key.clear()
 
     def _cache_size(self) -> int:
