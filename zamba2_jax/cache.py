@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.executables import jit_kept
 from zamba2_jax.sharding import constrain
 
 if TYPE_CHECKING:
@@ -153,12 +154,12 @@ class Zamba2Cache:
         return cache_file.read(path, model, max_length)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("n",))
+@functools.partial(jit_kept, static_argnames=("n",))
 def _repeat(cache: Zamba2Cache, *, n: int) -> Zamba2Cache:
     return cache.reorder(jnp.repeat(jnp.arange(cache.batch_size), n))
 
 
-@functools.partial(jax.jit, static_argnames=("max_length",))
+@functools.partial(jit_kept, static_argnames=("max_length",))
 def _resize(cache: Zamba2Cache, *, max_length: int) -> Zamba2Cache:
     # A stable sort puts the real slots first and leaves them in order.
     order = jnp.argsort(~cache.slot_mask, axis=1, stable=True)[:, :max_length]

@@ -53,6 +53,8 @@ def jit_kept(
             `program_key.digest`.
         jit: `jax.jit` or one that takes what it takes.
     """
+    if function.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        raise ValueError(f"jit_kept knows this package's sources alone, got {function}; use jax.jit.")
     return KeptProgram(function, functools.partial(jit, static_argnames=static_argnames, **options), static_argnames)
 
 
@@ -201,7 +203,7 @@ def _read(path: Path, key: str, devices: Sequence[jax.Device]) -> jax.stages.Com
             program = serialize_executable.deserialize_and_load(
                 *pickle.loads(zlib.decompress(body)), backend=devices[0].client, execution_devices=devices
             )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever is wrong with a file: a program can be compiled
         _complain(f"The compiled program {path} cannot be used, and is compiled anew: {error}", error)

@@ -47,7 +47,7 @@ _PLUGINS = (
 )
 # JAX's own variables are among its settings.
 _VARIABLES = ("XLA_", "LIBTPU_", "TF_XLA_", "TF_GPU_", "TF_CUDNN_", "TRITON_", "MOSAIC_", "PALLAS_")
-_VARIABLES_OF_NO_EFFECT = ("XLA_PYTHON_CLIENT_", "XLA_CLIENT_MEM_")
+_VARIABLES_OF_NO_EFFECT = ("XLA_PYTHON_CLIENT_", "XLA_CLIENT_MEM_", "TRITON_CACHE_")
 _SETTINGS_OF_NO_EFFECT = re.compile(
     "jax_(compilation_cache|persistent_cache|raise_persistent_cache|explain_cache|logging|log_|debug_log|distributed"
     "|platforms$|platform_name$|[a-z]*_visible_devices$)"
@@ -56,6 +56,7 @@ _SETTINGS_OF_NO_EFFECT = re.compile(
 _SETTINGS_TO_OBEY = {
     "jax_check_tracer_leaks": False,
     "jax_compilation_cache_check_contents": False,
+    "jax_compilation_cache_expect_pgle": False,
     "jax_debug_infs": False,
     "jax_debug_nans": False,
     "jax_disable_jit": False,
@@ -109,7 +110,7 @@ def _taker_apart(kind: type) -> Callable[[Any], tuple[str, Iterable[Any]]]:
     if parts is None and dataclasses.is_dataclass(kind):
         parts = _fields
     if parts is not None:
-        name = _importable(kind)
+        name = _importable(np.dtype if issubclass(kind, np.dtype) else kind)  # each dtype is of a type of its own
         return lambda value: (name, parts(value))
     if issubclass(kind, Callable):
         return lambda value: (_importable(value), ())
@@ -153,7 +154,7 @@ def _importable(thing: Any) -> str:
     for part in name.split("."):
         found = getattr(found, part, None)
     if module.partition(".")[0] not in _DESCRIBED_BY_NAME or found is not thing:
-        raise NoKeyError(f"{module}.{name or thing!r} is of no package whose version is known")
+        raise NoKeyError(f"{module}.{name or repr(thing)} is of no package whose version is known")
     return f"{module}.{name}"
 
 
@@ -293,8 +294,10 @@ def _machine(device: jax.Device) -> tuple[Any, ...]:
     backend, first = device.client, jax.devices()[0]
     try:
         topology = xla_client.get_topology_for_devices([device]).fingerprint()
-    except Exception as error:
-        raise NoKeyError(f"{device.device_kind}, whose backend does not describe itself ({error})") from error
+    except jax.errors.JaxRuntimeError as error:
+        if backend.platform == "cpu":  # where it alone says what instructions there are
+            raise NoKeyError(f"the CPU does not describe itself ({error})") from error
+        topology = None
     return (
         backend.platform,
         backend.platform_version,
@@ -337,29 +340,39 @@ def _sources() -> dict[str, bytes]:
 
 @functools.cache
 def _sources_digest() -> str:
+    return _digest_of(_sources())
+
+
+def _digest_of(sources: Mapping[str, bytes]) -> str:
     text = hashlib.sha256()
-    for path, source in _sources().items():
+    for path, source in sources.items():
         text.update(f"{path} {len(source)}\n".encode() + source)
     return text.hexdigest()
 
 
 def _check_sources() -> None:
-    """Refuses a package that is not, in this process, what its files say."""
+    """
+    Raises:
+        NoKeyError: the package is not, in this process, what its files say.
+    """
     folder = Path(__file__).parent
     try:
         for path in _sources():
             state = (folder / path).stat()
             if max(state.st_mtime_ns, state.st_ctime_ns) > _IMPORTED_NS:
-                raise NoKeyError(f"{folder / path}, written after it was imported")
+                raise NoKeyError(f"{folder / path} was written after it was imported")
     except OSError as error:
-        raise NoKeyError(f"the package's files, which cannot be read ({error})") from error
+        raise NoKeyError(f"the package's files cannot be read ({error})") from error
+    if Path(__file__).name not in _sources():
+        raise NoKeyError(f"the package is no folder of sources ({folder})")
     replaced = _replaced()
     if replaced is not None:
-        raise NoKeyError(f"{replaced}, replaced since it was imported")
+        raise NoKeyError(f"{replaced} is not what its file says")
 
 
 def _replaced() -> str | None:
     """A function or a constant of a loaded module that its file does not know: somebody set it at run time."""
+    folder = Path(__file__).parent
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] != _PACKAGE or not getattr(module, "__file__", None):
             continue
@@ -370,8 +383,10 @@ def _replaced() -> str | None:
                 for inner, method in list(vars(value).items()):
                     if _is_foreign(method):
                         return f"{name}.{attribute}.{inner}"
-        path = Path(module.__file__).relative_to(Path(__file__).parent).as_posix()
-        for attribute, value in _constants(path).items():
+        path = Path(module.__file__)
+        if not path.is_relative_to(folder) or path.relative_to(folder).as_posix() not in _sources():
+            return f"the module {name}"
+        for attribute, value in _constants(path.relative_to(folder).as_posix()).items():
             if getattr(module, attribute, None) != value:
                 return f"{name}.{attribute}"
     return None
@@ -397,11 +412,10 @@ _CONSTANT = re.compile(r"^([A-Z_][A-Z0-9_]*)(?:: [^=\n]+)? = ([^#\n]+)", re.MULT
 
 @functools.cache
 def _constants(path: str) -> dict[str, Any]:
-    """Those of a file's constants that are written on one line and made of literals."""
+    """Those of a file's constants that are numbers, texts or tuples and written on one line. What may be changed on
+    purpose, a table that fills, say, is none."""
     constants = {}
     for name, text in _CONSTANT.findall(_sources()[path].decode()):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             constants[name] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            continue
-    return constants
+    return {name: value for name, value in constants.items() if isinstance(value, int | float | str | tuple)}
