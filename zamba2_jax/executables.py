@@ -251,7 +251,11 @@ def _writing(path: Path) -> Iterator[Callable[[bytes], None]]:
 
 def _make_room(folder: Path, limit: int) -> None:
     """Removes the programs that were longest not used, until the folder holds at most `limit` bytes."""
-    states = {path: path.stat() for path in folder.iterdir()}
+    states = {}
+    for path in folder.iterdir():
+        if not path.name.startswith("."):  # nor what is being written
+            with contextlib.suppress(FileNotFoundError):
+                states[path] = path.stat()
     held = sum(state.st_size for state in states.values())
     for path, state in sorted(states.items(), key=lambda item: item[1].st_mtime_ns):
         if held <= limit:
