@@ -278,7 +278,7 @@ class TestRefusals:
         jax.vmap(body)(jnp.ones(2))
 
         def mapped(x):
-            with pytest.raises(NoKeyError, match="surrounding vmap or shard_map"):
+            with pytest.raises(NoKeyError, match="a vmap or shard_map surrounds it"):
                 key(structure)
             return x
 

@@ -35,4 +35,5 @@ def jit_many_tokens(function: Callable[..., Any], **options: Any) -> Callable[..
         return jitted(platform())(*arguments, **named)
 
     call.lower = lambda *arguments, **named: jitted(platform()).lower(*arguments, **named)
+    call._cache_size = lambda: jitted(platform())._cache_size()
     return call

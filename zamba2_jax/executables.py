@@ -65,7 +65,7 @@ class KeptProgram:
         functools.update_wrapper(self, function)
         self._jit = jit
         self._jitted = jit(function)
-        self._static = frozenset(static_argnames)
+        self._static = tuple(static_argnames)
         self._places = [
             place for place, name in enumerate(inspect.signature(function).parameters) if name in self._static
         ]
@@ -82,7 +82,7 @@ class KeptProgram:
         traced_named = {name: value for name, value in named.items() if name not in self._static}
         static = (
             tuple([arguments[place] for place in self._places if place < len(arguments)]),
-            tuple([(name, value) for name, value in named.items() if name in self._static]),
+            tuple([(name, named[name]) for name in self._static if name in named]),
         )
         leaves, tree = jax.tree.flatten((traced, traced_named))
         call = static, tree, program_key.call_types(leaves), program_key.trace_context()

@@ -39,10 +39,7 @@ _DESCRIBED_BY_NAME = {_PACKAGE, *_VERSIONED, "builtins", "types", "functools", "
 # Compilers and libraries that come as packages of their own. Backends tell their version, but not those of all parts.
 _PLUGINS = (
     *(f"jax-{name}-{part}" for name in ("cuda12", "cuda13", "rocm7") for part in ("plugin", "pjrt")),
-    *(
-        f"nvidia-{name}"
-        for name in ("cudnn-cu12", "cudnn-cu13", "cublas-cu12", "cublas", "cuda-nvcc-cu12", "cuda-nvcc")
-    ),
+    *(f"nvidia-{name}{cuda}" for name in ("cublas", "cuda-nvcc", "cudnn") for cuda in ("", "-cu12", "-cu13")),
     "libtpu",
 )
 # JAX's own variables are among its settings.
@@ -275,12 +272,14 @@ def _settings() -> tuple[Any, ...]:
         if settings.get(name, usual) != usual:
             raise NoKeyError(f"{name} is {settings[name]!r}")
     settings = {name: value for name, value in settings.items() if not _SETTINGS_OF_NO_EFFECT.match(name)}
-    contexts = trace_context()
-    if contexts and hasattr(contexts[-1], "axis_sizes"):
-        *contexts, axes = contexts
-        if axes.axis_sizes or axes.spmd_axis_names:
-            raise NoKeyError("a surrounding vmap or shard_map")
-    return settings, list(contexts)
+    contexts = []
+    for context in trace_context():
+        if hasattr(context, "spmd_axis_names"):  # the axes of what surrounds the call
+            if context.axis_sizes or context.spmd_axis_names:
+                raise NoKeyError("a vmap or shard_map surrounds it")
+        else:
+            contexts.append(context)
+    return settings, contexts
 
 
 def _device(device: jax.Device) -> str:
