@@ -16,7 +16,7 @@ import pytest
 from jax.experimental import serialize_executable
 
 from tests import executable_cases
-from zamba2_jax import executables
+from zamba2_jax import executables, program_key
 from zamba2_jax.executables import FOLDER, jit_kept
 from zamba2_jax.generation import programs
 
@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     for name, value in (_SETTINGS | {"jax_compilation_cache_dir": str(tmp_path)}).items():
         jax.config.update(name, value)
     monkeypatch.setattr(executables, "_COMPLAINTS", set())
+    monkeypatch.setattr(program_key, "_IMPORTED_NS", sys.maxsize)  # whoever edits files meanwhile
     yield tmp_path / FOLDER
     for name, value in before.items():
         jax.config.update(name, value)
