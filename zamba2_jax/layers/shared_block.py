@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zamba2_jax.cache import KeyValue
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers import decoding
-from zamba2_jax.layers.activations import ACTIVATIONS
+from zamba2_jax.layers.activations import gated
 from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import RMSNorm
@@ -167,7 +167,7 @@ class SharedMLP(nnx.Module):
         gate_up = with_lora(self.gate_up_proj(apart(x)), "gate_up_proj", x, *lora)
         gate_up = gate_up + use.gate_up_adapter(x, dropout_key)
         gate_up = projection(constrain(gate_up, "batch", "length", None, "mlp"))
-        x = ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
+        x = gated(self.activation, gate_up)
         return projection(with_lora(self.down_proj(x), "down_proj", x, *lora))
 
 
