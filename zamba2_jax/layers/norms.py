@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from zamba2_jax.layers.linear import param
+from zamba2_jax.ops.gate import Gate
 from zamba2_jax.ops.gated_norm import gated_rms_norm
 
 
@@ -42,7 +43,6 @@ class GatedRMSNorm(nnx.Module):
         self.scale = param(jnp.ones((features,), param_dtype), ("mamba_inner",))
 
     def __call__(
-        self, y: Float[Array, "b l inner"], gate: Float[Array, "b l *parts inner"], part: int | None = None
+        self, y: Float[Array, "b l inner"], gate: Float[Array, "b l inner"] | Gate
     ) -> Float[Array, "b l inner"]:
-        """With `part`, the gate is that of its parts."""
-        return gated_rms_norm(y.astype(self.dtype), gate, self.scale[...], groups=self.groups, eps=self.eps, part=part)
+        return gated_rms_norm(y.astype(self.dtype), gate, self.scale[...], groups=self.groups, eps=self.eps)
