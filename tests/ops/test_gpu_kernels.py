@@ -16,6 +16,7 @@ from zamba2_jax.ops._platform import fused_gpu_obstacle
 from zamba2_jax.ops.conv import causal_conv, mixer_convs
 from zamba2_jax.ops.gate import Gate
 from zamba2_jax.ops.gated_norm import gated_rms_norm
+from zamba2_jax.ops.rms_norm import rms_norm
 
 PROJECT = Path(__file__).parents[2]
 FUSED = {"implementation": "pallas_gpu", "interpret": fused_gpu_obstacle() is not None}
@@ -253,12 +254,59 @@ class TestGatedNorm:
             gated_rms_norm(**arguments | changes)
 
 
+class TestRMSNorm:
+    # A power of two and not; more tokens than one program adds up.
+    @pytest.mark.parametrize("features", [16, 5])
+    @pytest.mark.parametrize("hand_on", [False, True])
+    def test_values_and_gradients(self, features, hand_on):
+        random = np.random.default_rng(features)
+        shape = (3, 13, features)
+        arguments = {"x": normal(random, *shape), "scale": normal(random, features)}
+
+        def function(arguments, **options):
+            results = rms_norm(**arguments, **options)
+            return results if hand_on else (results,)
+
+        cotangents = (normal(random, *shape), normal(random, *shape))[: 2 if hand_on else 1]
+        assert_same(function, arguments, static={"eps": 1e-3, "hand_on": hand_on}, cotangents=cotangents)
+
+    def test_bfloat16(self):
+        """The gradient is computed in float32 and rounded once; XLA's rounds dout · scale too."""
+        random = np.random.default_rng(0)
+        narrow = [normal(random, *shape).astype(jnp.bfloat16) for shape in ((2, 5, 64), (64,), (2, 5, 64), (2, 5, 64))]
+
+        def gradients(x, scale, *cotangents, **implementation):
+            return jax.vjp(lambda *a: rms_norm(*a, eps=1e-5, hand_on=True, **implementation), x, scale)[1](cotangents)
+
+        dx, dscale = gradients(*narrow, **FUSED)
+        assert dx.dtype == dscale.dtype == jnp.bfloat16
+        exact_dx, exact_dscale = gradients(*(array.astype(np.float32) for array in narrow), **XLA)
+        np.testing.assert_allclose(dx.astype(np.float32), exact_dx, rtol=2**-8, atol=1e-6)
+        # The normed values are rounded, as they were when the scale met them: ten of them.
+        np.testing.assert_allclose(dscale.astype(np.float32), exact_dscale, rtol=2**-8, atol=10 * 2**-8)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"x": jnp.zeros((3, 16))}, r"x has shape \(3, 16\); it must be \(b, l, d\)"),
+            ({"scale": jnp.zeros((15,))}, r"scale has shape \(15,\); it must be \(d,\) = \(16,\)"),
+            ({"x": jnp.zeros((1, 3, 16), int)}, "x has dtype int32"),
+            ({"x": jnp.zeros((1, 1, 2**15)), "scale": jnp.zeros((2**15,))}, "cannot serve: x has 32768 features"),
+        ],
+    )
+    def test_errors(self, changes, message):
+        arguments = {"x": jnp.zeros((1, 3, 16)), "scale": jnp.zeros((16,))}
+        with pytest.raises(ValueError, match=message):
+            rms_norm(**arguments | changes, eps=1e-5, **FUSED)
+
+
 _ON_A_MESH = """
 import jax
 import jax.numpy as jnp
 import numpy as np
 from zamba2_jax.ops.conv import mixer_convs
 from zamba2_jax.ops.gated_norm import gated_rms_norm
+from zamba2_jax.ops.rms_norm import rms_norm
 
 random = np.random.default_rng(0)
 shapes = {"zx": (2, 9, 2, 8), "bc": (2, 9, 2, 6), "y": (2, 9, 8), "x": (4, 8), "both": (4, 2, 6), "scale": (8,)}
@@ -270,6 +318,10 @@ def total(arguments, options):
     normed = gated_rms_norm(a["y"] * convs.x, convs.gate, a["scale"], groups=2, **options)
     return sum(jnp.sum(jnp.sin(array)) for array in (normed, convs.B * convs.C, *convs.windows))
 
+def norm(arguments, options):
+    y, passed = rms_norm(arguments["y"], arguments["scale"], eps=1e-5, hand_on=True, **options)
+    return jnp.sum(jnp.sin(y * passed))
+
 def run(**options):
     return jax.jit(jax.value_and_grad(lambda arguments: total(arguments, options)))(arguments)
 
@@ -279,7 +331,27 @@ with jax.set_mesh(mesh):
     program = str(jax.make_jaxpr(lambda a: total(a, {"implementation": "pallas_gpu", "interpret": True}))(arguments))
     assert program.count("shard_map") == 2, program.count("shard_map")
     actual = run(implementation="pallas_gpu", interpret=True)
-jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5), actual, wanted)
+def close(actual, wanted):
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5), actual, wanted)
+
+close(actual, wanted)
+
+gradients = jax.jit(jax.grad(norm), static_argnums=1)
+class Options(dict):
+    __hash__ = object.__hash__
+wanted = gradients(arguments, Options(implementation="xla"))
+fused = Options(implementation="pallas_gpu", interpret=True)
+with jax.set_mesh(jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+    # Nine tokens are on both devices along "sequence".
+    try:
+        gradients(arguments, fused)
+    except ValueError as error:
+        assert "devices along sequence hold the same tokens" in str(error), error
+    else:
+        raise AssertionError
+with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+    assert "shard_map" in str(jax.make_jaxpr(lambda a: norm(a, fused))(arguments))
+    close(gradients(arguments, fused), wanted)
 """
 
 

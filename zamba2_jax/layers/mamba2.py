@@ -77,8 +77,8 @@ class Mamba2Mixer(nnx.Module):
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
         # One token is served best by one product of all three.
-        for_zx = hidden if hidden.shape[1] == 1 else apart(hidden)
-        in_proj = (self.zx_proj(for_zx), self.bc_proj(hidden), self.dt_proj(hidden))
+        rest = hidden if hidden.shape[1] == 1 else apart(hidden)
+        in_proj = (self.zx_proj(hidden), self.bc_proj(rest), self.dt_proj(rest))
         zx, bc, raw_dt = with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora)
         zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
         bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
@@ -203,8 +203,11 @@ class MambaLayer(nnx.Module):
     ) -> tuple[Float[Array, "b l d"], MambaState | MambaSteps | None]:
         if state is not None and layout.is_step and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
             return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)[:2]
-        mixer_input = hidden if transformer_output is None else hidden + transformer_output
-        mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state, dropout_key)
+        if transformer_output is None:
+            mixer_input, hidden = self.input_layernorm.and_input(hidden)
+        else:
+            mixer_input = self.input_layernorm(hidden + transformer_output)
+        mixed, state = self.mamba(mixer_input, layout, state, dropout_key)
         return constrain(hidden + mixed, "batch", "length", None), state
 
 

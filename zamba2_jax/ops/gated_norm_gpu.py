@@ -64,7 +64,7 @@ def _normalise_backward(options, residuals, dout):
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-class _Group:
+class Group:
     """One group of channels of a token: loads, stores, and the float32 values that both passes need."""
 
     def __init__(self, size: int, eps: float):
@@ -97,7 +97,7 @@ def _gate_rows(y, gate) -> tuple[jax.Array, int]:
     return gate.reshape(y.shape[0], -1), 0 if gate.ndim == 2 else Z * y.shape[1]
 
 
-def _warps(size: int, per_thread: int) -> int:
+def warps_for(size: int, per_thread: int) -> int:
     """So many that a thread holds `per_thread` channels of a group: a power of two, as Triton wants."""
     return max(1, min(16, _block(size) // (32 * per_thread)))
 
@@ -111,7 +111,7 @@ def _forward(y, gate, scale, options: Options) -> jax.Array:
     size = y.shape[1] // options.groups
 
     def body(y_ref, gate_ref, scale_ref, out_ref):
-        group = _Group(size, options.eps)
+        group = Group(size, options.eps)
         gate = group.load(gate_ref, offset=offset)
         gated = group.load(y_ref) * gate * jax.nn.sigmoid(gate)
         # Rounded before the scale, as the checkpoints were trained.
@@ -127,7 +127,7 @@ def _forward(y, gate, scale, options: Options) -> jax.Array:
         in_specs=[row(y), row(gate), pl.BlockSpec(scale.shape, lambda t, g: (0,))],
         out_specs=row(y),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(size, 16), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps_for(size, 16), num_stages=1),
         interpret=options.interpret,
         name="gated_rms_norm",
     )(y, gate, scale)
@@ -144,7 +144,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
     blocks = pl.cdiv(tokens, TOKENS)
 
     def body(y_ref, gate_ref, scale_ref, dout_ref, dy_ref, dgate_ref, dscale_ref):
-        group = _Group(size, options.eps)
+        group = Group(size, options.eps)
         scale = group.load(scale_ref)
         first = pl.program_id(0) * TOKENS
         last = jnp.minimum(first + TOKENS, tokens)
@@ -189,7 +189,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
             dgate,
             jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(size, 8), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps_for(size, 8), num_stages=1),
         interpret=options.interpret,
         name="gated_rms_norm_backward",
     )(y, gate, scale, dout)
