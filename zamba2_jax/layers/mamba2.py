@@ -79,7 +79,7 @@ class Mamba2Mixer(nnx.Module):
         # One token is served best by one product of all three.
         rest = hidden if hidden.shape[1] == 1 else apart(hidden)
         in_proj = (self.zx_proj(hidden), self.bc_proj(rest), self.dt_proj(rest))
-        zx, bc, raw_dt = with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora)
+        zx, bc, raw_dt = with_lora(in_proj, "in_proj", rest, dropout_key, self.lora)
         zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
         bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
         raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
