@@ -89,7 +89,9 @@ def gated(activation: str, gate_up: Float[Array, "... 2 f"]) -> Float[Array, "..
         act = _SHORTER.get(activation, act)
 
     def multiply(gate_up: jax.Array) -> jax.Array:
-        gate, up = gate_up[..., 0, :].astype(jnp.float32), gate_up[..., 1, :].astype(jnp.float32)
-        return (act(gate) * up).astype(gate_up.dtype)
+        # Split, whose gradient joins two halves; that of slices adds two paddings, each of whose elements XLA computes
+        # for both.
+        gate, up = jax.lax.split(gate_up.astype(jnp.float32), (1, 1), axis=gate_up.ndim - 2)
+        return (act(gate) * up)[..., 0, :].astype(gate_up.dtype)
 
     return jax.checkpoint(multiply)(gate_up)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 # Tokens and channels per program, and tokens whose loads are on their way together.
 TOKENS, CHANNELS, TOGETHER = 64, 512, 8
 # Fewer tokens where there are fewer programs than this, which a large card has room for.
-_PROGRAMS, _FEW_TOKENS = 264, 16
+_PROGRAMS, _FEW_TOKENS = 396, 16
 
 Arrays = tuple[jax.Array | None, ...]
 
