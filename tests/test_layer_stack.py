@@ -106,6 +106,28 @@ def test_policies_keep_less(scan):
     assert layer < (6 + 2 * 2 + 6) * stream + 2 * parameters
 
 
+def test_projections_keep_what_cudnn_attention_gives(monkeypatch):
+    """In the programs of JAX's own function, traced as where there is a GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    from zamba2_jax.layer_stack import CHECKPOINT_POLICIES
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    query = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+
+    def times(policy):
+        @functools.partial(jax.checkpoint, policy=CHECKPOINT_POLICIES[policy])
+        def attend(query):
+            return jax.nn.dot_product_attention(query, query, query, is_causal=True, implementation="cudnn")
+
+        program = jax.make_jaxpr(jax.grad(lambda query: jnp.sum(attend(query), dtype=jnp.float32)))(query)
+        return str(program).count("dot_product_attention_fwd_wrapper[")
+
+    assert (times("projections"), times("layer")) == (1, 2)
+
+
 def test_compiled_memory_goes_down():
     """Of mamba layers alone, which are one compiled body."""
     ids = tokens(64, 8, 128)

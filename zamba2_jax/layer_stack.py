@@ -26,10 +26,19 @@ from zamba2_jax.layers.projection import PROJECTION
 from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
 from zamba2_jax.tokens import TokenLayout
 
+_keep_named = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+
+
+def _keep_projections(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    # cuDNN's attention gives the sums of its softmax beside its result: both kept, it is not run again. It has no place
+    # for a name; a JAX that calls it otherwise runs it twice.
+    return primitive.name.startswith("dot_product_attention_fwd") or _keep_named(primitive, *arguments, **parameters)
+
+
 CHECKPOINT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "layer": jax.checkpoint_policies.nothing_saveable,
-    "projections": jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    "projections": _keep_projections,
 }
 
 

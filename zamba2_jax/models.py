@@ -177,7 +177,7 @@ class PretrainedModel(nnx.Module):
                 "projections": also the results of its wide matrix products: gate, x, B, C and dt of a mamba layer,
                 some (b, l, 2 E) numbers; queries, keys, values, the attention's and MLP's outputs, gate and up of a
                 shared block, some (b, l, 16 d). Recomputed are norms, activations, convolution, state-space recurrence
-                and attention.
+                and attention, unless it is cuDNN's, whose result (b, l, 2 d) is kept too.
                 "none": everything that the backward pass reads, as without checkpointing.
 
         Raises:

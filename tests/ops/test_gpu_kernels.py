@@ -1,4 +1,4 @@
-"""The fused convolution and gated norm for GPUs, against the same functions in XLA's operations: on a GPU the kernels
+"""The fused convolutions and gated norm for GPUs, against the same functions in XLA's operations: on a GPU the kernels
 themselves, elsewhere their bodies in interpret mode."""
 
 import os
@@ -13,8 +13,10 @@ import pytest
 
 from zamba2_jax.ops import conv_gpu
 from zamba2_jax.ops._platform import fused_gpu_obstacle
-from zamba2_jax.ops.conv import causal_conv
+from zamba2_jax.ops.conv import causal_conv, mixer_convs
+from zamba2_jax.ops.gate import Gate
 from zamba2_jax.ops.gated_norm import gated_rms_norm
+from zamba2_jax.ops.rms_norm import rms_norm
 
 PROJECT = Path(__file__).parents[2]
 FUSED = {"implementation": "pallas_gpu", "interpret": fused_gpu_obstacle() is not None}
@@ -44,45 +46,49 @@ def assert_same(function, arguments, *, static, cotangents):
     jax.tree.map(lambda ours, wanted: np.testing.assert_allclose(ours, wanted, **CLOSE), run(FUSED), run(XLA))
 
 
-class TestConv:
-    @pytest.fixture
-    def few_tokens_per_program(self, monkeypatch):
-        """In interpret mode the body's unrolled steps take seconds to compile."""
-        monkeypatch.setattr(conv_gpu, "TOKENS", 8)
-        monkeypatch.setattr(conv_gpu, "TOGETHER", 2)
+def rows_of(case, random, batch, length):
+    """What a call is told of its rows, and 1 where they hold tokens."""
+    integers, mask, place = {}, np.ones((batch, length), np.float32), np.arange(length)
+    if "runs" in case:
+        start = np.array([0, length // 3, length // 2])
+        end = np.array([length, length, length - length // 4])
+        integers |= {"run_start": start, "run_end": end}
+        mask = ((place >= start[:, None]) & (place < end[:, None])).astype(np.float32)
+    if "segments" in case:
+        integers["segment_ids"] = np.cumsum(random.random((batch, length)) < 0.2, axis=1)
+    return integers, mask
 
+
+@pytest.fixture
+def few_tokens_per_program(monkeypatch):
+    """In interpret mode the body's unrolled steps take seconds to compile."""
+    monkeypatch.setattr(conv_gpu, "TOKENS", 8)
+    monkeypatch.setattr(conv_gpu, "TOGETHER", 2)
+
+
+class TestConv:
     # One token, and two programs and a rest.
     @pytest.mark.usefixtures("few_tokens_per_program")
     @pytest.mark.parametrize("length", [1, 19])
-    @pytest.mark.parametrize("case", ["plain", "window", "runs", "segments", "runs and segments", "part"])
+    @pytest.mark.parametrize("case", ["plain", "window", "runs", "segments", "runs and segments"])
     def test_values_and_gradients(self, length, case):
         random = np.random.default_rng(length)
         batch, channels, width = 3, 7, 4
         arguments = {
-            "x": normal(random, batch, length, *((2,) if case == "part" else ()), channels),
+            "x": normal(random, batch, length, channels),
             "kernel": normal(random, width, channels),
             "bias": normal(random, channels),
         }
-        static = {"part": 1} if case == "part" else {}
         if case != "plain":
             arguments["initial_window"] = normal(random, batch, width - 1, channels)
-        integers = {}
-        mask = np.ones((batch, length), np.float32)
-        if "runs" in case:
-            start = np.array([0, length // 3, length // 2])
-            end = np.array([length, length, length - length // 4])
-            integers |= {"run_start": start, "run_end": end}
-            place = np.arange(length)
-            mask = ((place >= start[:, None]) & (place < end[:, None])).astype(np.float32)
-        if "segments" in case:
-            integers["segment_ids"] = np.cumsum(random.random((batch, length)) < 0.2, axis=1)
+        integers, mask = rows_of(case, random, batch, length)
 
         def function(arguments, **options):
             y, window = causal_conv(**arguments, **integers, activation="silu", **options)
             return y * mask[..., None], window  # what lies outside a run is not defined
 
         cotangents = (normal(random, batch, length, channels), normal(random, batch, width - 1, channels))
-        assert_same(function, arguments, static=static, cotangents=cotangents)
+        assert_same(function, arguments, static={}, cotangents=cotangents)
 
     def test_tokens_of_two_programs(self):
         random = np.random.default_rng(0)
@@ -120,27 +126,105 @@ class TestConv:
         with pytest.raises(ValueError, match="'pallas_gpu' cannot serve: it needs a GPU, and this runs on cpu"):
             causal_conv(x, jnp.zeros((4, 2)), implementation="pallas_gpu")
 
-    def test_part_outside(self):
-        with pytest.raises(ValueError, match=r"part is 2 and x has shape \(1, 3, 2, 4\)"):
-            causal_conv(jnp.zeros((1, 3, 2, 4)), jnp.zeros((4, 4)), part=2)
+
+@pytest.mark.usefixtures("few_tokens_per_program")
+class TestMixerConvs:
+    INNER, STATE, WIDTH = 7, 5, 4
+
+    def arguments(self, random, batch, length, *, windows):
+        inner, state, width = self.INNER, self.STATE, self.WIDTH
+        arguments = {
+            "zx": normal(random, batch, length, 2, inner),
+            "bc": normal(random, batch, length, 2, state),
+            "conv_x": (normal(random, width, inner), normal(random, inner)),
+            "conv_bc": (normal(random, width, 2, state), normal(random, 2, state)),
+        }
+        if windows:
+            arguments["initial_windows"] = tuple(
+                normal(random, batch, width - 1, *shape) for shape in ((inner,), (2, state))
+            )
+        return arguments
+
+    # Fewer tokens than a window has; two programs and a rest.
+    @pytest.mark.parametrize("length", [2, 19])
+    @pytest.mark.parametrize("case", ["plain", "window", "runs and segments"])
+    def test_values_and_gradients(self, length, case):
+        """Down to the gate's norm, whose gradient and that of x share an array."""
+        random = np.random.default_rng(length)
+        batch = 3
+        arguments = self.arguments(random, batch, length, windows=case != "plain")
+        arguments["scale"] = normal(random, self.INNER)
+        integers, mask = rows_of(case, random, batch, length)
+
+        def function(arguments, **options):
+            scale = arguments["scale"]
+            convs = {name: array for name, array in arguments.items() if name != "scale"}
+            results = mixer_convs(**convs, **integers, activation="silu", **options)
+            x, B, C = (array * mask[..., None] for array in results[:3])
+            return gated_rms_norm(x, results.gate, scale, **options), B, C, *results.windows
+
+        program = str(jax.make_jaxpr(lambda arguments: function(arguments, **FUSED))(arguments))
+        assert program.count("name=causal_conv") == 1
+        inner, state, window = self.INNER, self.STATE, self.WIDTH - 1
+        shapes = (length, inner), (length, state), (length, state), (window, inner), (window, 2, state)
+        cotangents = tuple(normal(random, batch, *shape) for shape in shapes)
+        assert_same(function, arguments, static={}, cotangents=cotangents)
+
+    def test_without_windows_and_gate(self):
+        random = np.random.default_rng(0)
+        arguments = self.arguments(random, 2, 9, windows=False)
+        arguments["conv_x"] = arguments["conv_x"][:1]
+
+        def function(arguments, **options):
+            convs = arguments | {"conv_x": (*arguments["conv_x"], None)}
+            results = mixer_convs(**convs, keep_windows=False, **options)
+            assert results.windows is None
+            return results[:3]
+
+        cotangents = tuple(normal(random, 2, 9, channels) for channels in (self.INNER, self.STATE, self.STATE))
+        assert_same(function, arguments, static={}, cotangents=cotangents)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"zx": jnp.zeros((1, 3, 7))}, r"zx has shape \(1, 3, 7\); it must be \(b, l, 2, e\)"),
+            (
+                {"bc": jnp.zeros((1, 4, 2, 5))},
+                r"bc has shape \(1, 4, 2, 5\); it must be \(b, l, 2, s\) = \(1, 3, 2, 's'\)",
+            ),
+            ({"conv_x": (jnp.zeros((4, 5)), None)}, r"kernel has shape \(4, 5\); .* channels \(7,\)"),
+            ({"conv_bc": (jnp.zeros((3, 2, 5)), None)}, "conv_bc has 3 taps and conv_x 4; they must have as many"),
+            ({"run_end": jnp.zeros((2,), int)}, r"run_end has shape \(2,\)"),
+            (
+                {"initial_windows": (jnp.zeros((1, 3, 7)), jnp.zeros((1, 2, 2, 5)))},
+                r"initial_windows\[1\] has shape \(1, 2, 2, 5\)",
+            ),
+        ],
+    )
+    def test_errors(self, changes, message):
+        arguments = self.arguments(np.random.default_rng(0), 1, 3, windows=False)
+        with pytest.raises(ValueError, match=message):
+            mixer_convs(**arguments | changes, **FUSED)
 
 
 class TestGatedNorm:
     # Groups of a power of two and not; more tokens than one program adds up.
     @pytest.mark.parametrize(("channels", "groups"), [(16, 1), (24, 2), (5, 1)])
-    @pytest.mark.parametrize("part", [None, 0, 1])
-    def test_values_and_gradients(self, channels, groups, part):
+    @pytest.mark.parametrize("beside_x", [False, True])
+    def test_values_and_gradients(self, channels, groups, beside_x):
         random = np.random.default_rng(channels)
         batch, length = 3, 13
         arguments = {
             "y": normal(random, batch, length, channels),
-            "gate": normal(random, batch, length, *(() if part is None else (2,)), channels),
+            "gate": normal(random, batch, length, *((2,) if beside_x else ()), channels),
             "scale": normal(random, channels),
         }
+        if beside_x:
+            arguments["gate"] = Gate(arguments["gate"])
         assert_same(
             lambda arguments, **options: (gated_rms_norm(**arguments, **options),),
             arguments,
-            static={"groups": groups, "part": part},
+            static={"groups": groups},
             cotangents=(normal(random, batch, length, channels),),
         )
 
@@ -159,7 +243,7 @@ class TestGatedNorm:
         [
             ({"groups": 5}, "groups is 5; it must divide the 16 channels"),
             ({"gate": jnp.zeros((1, 3, 15))}, r"gate has shape \(1, 3, 15\)"),
-            ({"part": 0}, r"gate has shape \(1, 3, 16\) and part is 0"),
+            ({"gate": Gate(jnp.zeros((1, 3, 16)))}, r"gate.zx has shape \(1, 3, 16\)"),
             ({"y": jnp.zeros((3, 16))}, r"y has shape \(3, 16\); it must be \(b, l, e\)"),
             ({"scale": jnp.zeros((16,), int)}, "scale has dtype int32"),
         ],
@@ -170,21 +254,73 @@ class TestGatedNorm:
             gated_rms_norm(**arguments | changes)
 
 
+class TestRMSNorm:
+    # A power of two and not; more tokens than one program adds up.
+    @pytest.mark.parametrize("features", [16, 5])
+    @pytest.mark.parametrize("hand_on", [False, True])
+    def test_values_and_gradients(self, features, hand_on):
+        random = np.random.default_rng(features)
+        shape = (3, 13, features)
+        arguments = {"x": normal(random, *shape), "scale": normal(random, features)}
+
+        def function(arguments, **options):
+            results = rms_norm(**arguments, **options)
+            return results if hand_on else (results,)
+
+        cotangents = (normal(random, *shape), normal(random, *shape))[: 2 if hand_on else 1]
+        assert_same(function, arguments, static={"eps": 1e-3, "hand_on": hand_on}, cotangents=cotangents)
+
+    def test_bfloat16(self):
+        """The gradient is computed in float32 and rounded once; XLA's rounds dout · scale too."""
+        random = np.random.default_rng(0)
+        narrow = [normal(random, *shape).astype(jnp.bfloat16) for shape in ((2, 5, 64), (64,), (2, 5, 64), (2, 5, 64))]
+
+        def gradients(x, scale, *cotangents, **implementation):
+            return jax.vjp(lambda *a: rms_norm(*a, eps=1e-5, hand_on=True, **implementation), x, scale)[1](cotangents)
+
+        dx, dscale = gradients(*narrow, **FUSED)
+        assert dx.dtype == dscale.dtype == jnp.bfloat16
+        exact_dx, exact_dscale = gradients(*(array.astype(np.float32) for array in narrow), **XLA)
+        np.testing.assert_allclose(dx.astype(np.float32), exact_dx, rtol=2**-8, atol=1e-6)
+        # The normed values are rounded, as they were when the scale met them: ten of them.
+        np.testing.assert_allclose(dscale.astype(np.float32), exact_dscale, rtol=2**-8, atol=10 * 2**-8)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"x": jnp.zeros((3, 16))}, r"x has shape \(3, 16\); it must be \(b, l, d\)"),
+            ({"scale": jnp.zeros((15,))}, r"scale has shape \(15,\); it must be \(d,\) = \(16,\)"),
+            ({"x": jnp.zeros((1, 3, 16), int)}, "x has dtype int32"),
+            ({"x": jnp.zeros((1, 1, 2**15)), "scale": jnp.zeros((2**15,))}, "cannot serve: x has 32768 features"),
+        ],
+    )
+    def test_errors(self, changes, message):
+        arguments = {"x": jnp.zeros((1, 3, 16)), "scale": jnp.zeros((16,))}
+        with pytest.raises(ValueError, match=message):
+            rms_norm(**arguments | changes, eps=1e-5, **FUSED)
+
+
 _ON_A_MESH = """
 import jax
 import jax.numpy as jnp
 import numpy as np
-from zamba2_jax.ops.conv import causal_conv
+from zamba2_jax.ops.conv import mixer_convs
 from zamba2_jax.ops.gated_norm import gated_rms_norm
+from zamba2_jax.ops.rms_norm import rms_norm
 
 random = np.random.default_rng(0)
-shapes = {"x": (2, 9, 2, 8), "y": (2, 9, 8), "kernel": (4, 8), "scale": (8,)}
+shapes = {"zx": (2, 9, 2, 8), "bc": (2, 9, 2, 6), "y": (2, 9, 8), "x": (4, 8), "both": (4, 2, 6), "scale": (8,)}
 arguments = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 def total(arguments, options):
-    convolved, _ = causal_conv(arguments["x"], arguments["kernel"], activation="silu", part=1, **options)
-    gated = arguments["y"] * convolved
-    return jnp.sum(jnp.sin(gated_rms_norm(gated, arguments["x"], arguments["scale"], groups=2, part=0, **options)))
+    a = arguments
+    convs = mixer_convs(a["zx"], a["bc"], (a["x"], None), (a["both"], None), activation="silu", **options)
+    normed = gated_rms_norm(a["y"] * convs.x, convs.gate, a["scale"], groups=2, **options)
+    return sum(jnp.sum(jnp.sin(array)) for array in (normed, convs.B * convs.C, *convs.windows))
+
+def norm(arguments, options):
+    y, passed = rms_norm(arguments["y"], arguments["scale"], eps=1e-5, hand_on=True, **options)
+    return jnp.sum(jnp.sin(y * passed))
 
 def run(**options):
     return jax.jit(jax.value_and_grad(lambda arguments: total(arguments, options)))(arguments)
@@ -195,7 +331,27 @@ with jax.set_mesh(mesh):
     program = str(jax.make_jaxpr(lambda a: total(a, {"implementation": "pallas_gpu", "interpret": True}))(arguments))
     assert program.count("shard_map") == 2, program.count("shard_map")
     actual = run(implementation="pallas_gpu", interpret=True)
-jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5), actual, wanted)
+def close(actual, wanted):
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5), actual, wanted)
+
+close(actual, wanted)
+
+gradients = jax.jit(jax.grad(norm), static_argnums=1)
+class Options(dict):
+    __hash__ = object.__hash__
+wanted = gradients(arguments, Options(implementation="xla"))
+fused = Options(implementation="pallas_gpu", interpret=True)
+with jax.set_mesh(jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+    # Nine tokens are on both devices along "sequence".
+    try:
+        gradients(arguments, fused)
+    except ValueError as error:
+        assert "devices along sequence hold the same tokens" in str(error), error
+    else:
+        raise AssertionError
+with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+    assert "shard_map" in str(jax.make_jaxpr(lambda a: norm(a, fused))(arguments))
+    close(gradients(arguments, fused), wanted)
 """
 
 

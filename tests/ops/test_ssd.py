@@ -12,7 +12,7 @@ import torch
 from transformers.models.zamba2 import modeling_zamba2 as oracle
 
 from zamba2_jax.ops._platform import platform
-from zamba2_jax.ops.ssd import advance_state, api, chunked, ssd, ssd_step, time_step
+from zamba2_jax.ops.ssd import advance_state, api, chunked, pallas_gpu, ssd, ssd_step, time_step
 from zamba2_jax.ops.ssd.api import CPU_CHUNK_SIZE, FUSED, IMPLEMENTATIONS
 
 # Float32 results are compared with float64 ones, relative to the largest entry. A sum of N products rounds to about
@@ -519,6 +519,21 @@ class TestKernels:
         for actual, wanted in zip(jax.tree.leaves(results(careful)), jax.tree.leaves(results(True)), strict=True):
             np.testing.assert_array_equal(actual, wanted)
         assert not interpret_pallas_call.races.races_found
+
+    @pytest.mark.parametrize("parts", [2, 4])
+    def test_rows_that_a_gpu_cuts_into_parts(self, parts):
+        """Few heads, many tokens: what a part is told of those before it, past a reset too, and the state after all."""
+        arguments = inputs(8 * parts * 16, groups=2)
+        ids = np.cumsum(np.random.default_rng(parts).random(arguments["x"].shape[:2]) < 0.01, axis=1)
+        resets = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+        assert pallas_gpu._parts(arguments["x"], 16) == parts
+        interpret = platform() != "gpu"
+        y, state = pallas_gpu.ssd(
+            **jax.tree.map(jnp.asarray, arguments), resets=jnp.asarray(resets), chunk=16, interpret=interpret
+        )
+        wanted_y, wanted_state = expected(arguments, ids)
+        assert_near(y, wanted_y)
+        assert_near(state, wanted_state)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", FUSED.values())

@@ -15,14 +15,12 @@ from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
 from zamba2_jax.layers.projection import apart, projection, together
-from zamba2_jax.ops.conv import causal_conv, causal_conv_step
+from zamba2_jax.ops.conv import causal_conv_step, mixer_convs
+from zamba2_jax.ops.gate import Gate, X
 from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
 from zamba2_jax.sharding import constrain
 from zamba2_jax.tentative import MambaSteps
 from zamba2_jax.tokens import TokenLayout
-
-# The places of the gate and of the recurrence's input in the product that makes both.
-_Z, _X = 0, 1
 
 
 class Mamba2Mixer(nnx.Module):
@@ -79,19 +77,19 @@ class Mamba2Mixer(nnx.Module):
             hidden = jnp.where(layout.token_mask[..., None], hidden, 0)
 
         # One token is served best by one product of all three.
-        for_zx = hidden if hidden.shape[1] == 1 else apart(hidden)
-        in_proj = (self.zx_proj(for_zx), self.bc_proj(hidden), self.dt_proj(hidden))
-        zx, bc, raw_dt = with_lora(in_proj, "in_proj", hidden, dropout_key, self.lora)
+        rest = hidden if hidden.shape[1] == 1 else apart(hidden)
+        in_proj = (self.zx_proj(hidden), self.bc_proj(rest), self.dt_proj(rest))
+        zx, bc, raw_dt = with_lora(in_proj, "in_proj", rest, dropout_key, self.lora)
         zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
         bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
         raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
 
         if state is not None and layout.is_step:
             y, state = self._step(zx, bc, raw_dt, layout, state)
+            gate = Gate(zx)
         else:
-            y, state = self._sequence(zx, bc, raw_dt, layout, state)
-        # z and x are handed over as one array and a place in it: a kernel would be given copies of slices.
-        y = self.norm(y, zx, part=_Z)
+            y, gate, state = self._sequence(zx, bc, raw_dt, layout, state)
+        y = self.norm(y, gate)
         return with_lora(self.out_proj(y), "out_proj", y, dropout_key, self.lora), state
 
     def _sequence(
@@ -101,24 +99,23 @@ class Mamba2Mixer(nnx.Module):
         raw_dt: Float[Array, "b l h"],
         layout: TokenLayout,
         state: MambaState | None,
-    ) -> tuple[Float[Array, "b l inner"], MambaState | MambaSteps | None]:
-        conv = {
-            "run_start": layout.run_start,
-            "run_end": layout.run_end,
-            "segment_ids": layout.segment_ids,
-            "activation": "silu",
-        }
-        raw_bc = bc
-        x, window_x = causal_conv(
-            zx, *self._conv_params(self.conv_x), initial_window=state.conv_x if state else None, part=_X, **conv
-        )
-        bc, window_bc = causal_conv(
-            bc, *self._conv_params(self.conv_bc), initial_window=state.conv_bc if state else None, **conv
+    ) -> tuple[Float[Array, "b l inner"], Gate, MambaState | MambaSteps | None]:
+        x, B, C, windows, gate = mixer_convs(
+            zx,
+            bc,
+            self._conv_params(self.conv_x),
+            self._conv_params(self.conv_bc),
+            initial_windows=(state.conv_x, state.conv_bc) if state else None,
+            run_start=layout.run_start,
+            run_end=layout.run_end,
+            segment_ids=layout.segment_ids,
+            activation="silu",
+            keep_windows=state is not None and not layout.tentative,
         )
         if layout.token_mask is not None:  # the window spills from real tokens onto masked ones
             x = jnp.where(layout.token_mask[..., None], x, 0)
 
-        by_head, B = self._by_head(x), self._by_group(bc[:, :, 0])
+        by_head, B = self._by_head(x), self._by_group(B)
         dt = time_step(raw_dt, self.dt_bias[...], limit=self.config.time_step_limit, mask=layout.time_mask)
         A = -jnp.exp(self.A_log[...])
         y, ssm = ssd(
@@ -126,7 +123,7 @@ class Mamba2Mixer(nnx.Module):
             dt,
             A,
             B,
-            self._by_group(bc[:, :, 1]),
+            self._by_group(C),
             self.D[...],
             initial_state=state.ssm if state else None,
             segment_ids=layout.segment_ids,
@@ -134,14 +131,17 @@ class Mamba2Mixer(nnx.Module):
         )
         y = y.reshape(x.shape)
         if state is None:
-            return y, None
+            return y, gate, None
         if layout.tentative:
-            return together((y, MambaSteps(state, zx[:, :, _X], raw_bc, by_head, B, dt, A)))
+            y, steps = together((y, MambaSteps(state, zx[:, :, X], bc, by_head, B, dt, A)))
+            return y, gate, steps
         # In the cache's dtypes, whatever they are: a loop that carries the cache must find it as it was.
+        window_x, window_bc = windows
         state = MambaState(
             window_x.astype(state.conv_x.dtype), window_bc.astype(state.conv_bc.dtype), ssm.astype(state.ssm.dtype)
         )
-        return together((y, state))
+        y, state = together((y, state))
+        return y, gate, state
 
     def _step(
         self,
@@ -154,7 +154,7 @@ class Mamba2Mixer(nnx.Module):
         if decoding.recurrence_obstacle(self) is None:
             y, state = decoding.recurrence_step(self, zx[:, 0], bc[:, 0], raw_dt[:, 0], layout, state)
             return y[:, None], state
-        x, window_x = causal_conv_step(zx[:, 0, _X], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
+        x, window_x = causal_conv_step(zx[:, 0, X], state.conv_x, *self._conv_params(self.conv_x), activation="silu")
         bc, window_bc = causal_conv_step(bc[:, 0], state.conv_bc, *self._conv_params(self.conv_bc), activation="silu")
         if layout.token_mask is not None:  # a masked token leaves the row as it was
             keep = layout.token_mask[:, 0]
@@ -203,8 +203,11 @@ class MambaLayer(nnx.Module):
     ) -> tuple[Float[Array, "b l d"], MambaState | MambaSteps | None]:
         if state is not None and layout.is_step and decoding.mamba_obstacle(self, hidden.shape[0]) is None:
             return decoding.mamba_layer_step(self, hidden, layout, state, transformer_output)[:2]
-        mixer_input = hidden if transformer_output is None else hidden + transformer_output
-        mixed, state = self.mamba(self.input_layernorm(mixer_input), layout, state, dropout_key)
+        if transformer_output is None:
+            mixer_input, hidden = self.input_layernorm.and_input(hidden)
+        else:
+            mixer_input = self.input_layernorm(hidden + transformer_output)
+        mixed, state = self.mamba(mixer_input, layout, state, dropout_key)
         return constrain(hidden + mixed, "batch", "length", None), state
 
 

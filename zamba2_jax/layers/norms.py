@@ -1,17 +1,14 @@
 """RMSNorm and the gated, grouped RMSNorm of Mamba2. Arithmetic in float32 whatever the model's dtype."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from zamba2_jax.layers.linear import param
+from zamba2_jax.ops.gate import Gate
 from zamba2_jax.ops.gated_norm import gated_rms_norm
-
-
-def _normalise(x: jax.Array, eps: float) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+from zamba2_jax.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -22,10 +19,12 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = param(jnp.ones((features,), param_dtype), (axis,))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        normalised = _normalise(x.astype(jnp.float32), self.eps)
-        # Rounded before the scale, as the checkpoints were trained.
-        return normalised.astype(self.dtype) * self.scale[...].astype(self.dtype)
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype)
+
+    def and_input(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+        """The norm of x, and x, for what goes on beside it: in the backward pass their gradients meet in one kernel."""
+        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype, hand_on=True)
 
 
 class GatedRMSNorm(nnx.Module):
@@ -42,7 +41,6 @@ class GatedRMSNorm(nnx.Module):
         self.scale = param(jnp.ones((features,), param_dtype), ("mamba_inner",))
 
     def __call__(
-        self, y: Float[Array, "b l inner"], gate: Float[Array, "b l *parts inner"], part: int | None = None
+        self, y: Float[Array, "b l inner"], gate: Float[Array, "b l inner"] | Gate
     ) -> Float[Array, "b l inner"]:
-        """With `part`, the gate is that of its parts."""
-        return gated_rms_norm(y.astype(self.dtype), gate, self.scale[...], groups=self.groups, eps=self.eps, part=part)
+        return gated_rms_norm(y.astype(self.dtype), gate, self.scale[...], groups=self.groups, eps=self.eps)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from zamba2_jax.cache import KeyValue
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers import decoding
-from zamba2_jax.layers.activations import ACTIVATIONS
+from zamba2_jax.layers.activations import gated
 from zamba2_jax.layers.linear import Adapter, Linear
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import RMSNorm
@@ -84,10 +84,11 @@ class SharedAttention(nnx.Module):
         self, x: Float[Array, "b l 2d"], use: SharedBlockUse, context: AttentionContext, past: KeyValue | None
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
         # Of one token, one product of all three is best, and one of the adapters'.
-        for_query = for_key = for_value = apart(x)
+        for_query = for_key = for_value = x
         if x.shape[1] > 1:
             for_key = apart(for_query)
             for_value = apart(for_key)
+        x = apart(for_value)
         lora = (context.dropout_key, self.lora, use.lora)
         query, key, value = self.q_proj(for_query), self.k_proj(for_key), self.v_proj(for_value)
         query = self._heads(with_lora(query, "q_proj", x, *lora), use.q_adapter, x, context, "q_heads")
@@ -164,10 +165,12 @@ class SharedMLP(nnx.Module):
         self, x: Float[Array, "b l d"], use: SharedBlockUse, dropout_key: jax.Array | None
     ) -> Float[Array, "b l d"]:
         lora = (dropout_key, self.lora, use.lora)
-        gate_up = with_lora(self.gate_up_proj(apart(x)), "gate_up_proj", x, *lora)
+        gate_up = self.gate_up_proj(x)
+        x = apart(x)
+        gate_up = with_lora(gate_up, "gate_up_proj", x, *lora)
         gate_up = gate_up + use.gate_up_adapter(x, dropout_key)
         gate_up = projection(constrain(gate_up, "batch", "length", None, "mlp"))
-        x = ACTIVATIONS[self.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
+        x = gated(self.activation, gate_up)
         return projection(with_lora(self.down_proj(x), "down_proj", x, *lora))
 
 

@@ -1,8 +1,8 @@
-"""The short causal convolution before the state-space recurrence."""
+"""The short causal convolutions before the state-space recurrence."""
 
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_shape
 from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import fused_gpu_obstacle
+from zamba2_jax.ops.gate import Gate, X
 from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing, length_axis, length_parts
 
 Activation = Literal["silu"]
@@ -19,7 +20,7 @@ Implementation = Literal["xla", "pallas_gpu"]
 IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "part", "implementation", "interpret"))
+@functools.partial(jax.jit, static_argnames=("activation", "implementation", "interpret"))
 def causal_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -30,7 +31,6 @@ def causal_conv(
     run_end: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     activation: Activation | None = None,
-    part: int | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +50,6 @@ def causal_conv(
       segment_ids: (b, l) integers or None. No tap reaches across a change of id: inputs on the other side count as
         zero. The initial window belongs to the segment of the run's first token.
       activation: None or "silu".
-      part: None, or which part of x (b, l, parts, ...channels) is meant: the kernel reads it where it lies.
       implementation: "xla", or "pallas_gpu", one kernel each way. None takes the kernel on GPUs of compute capability
         9.0 and newer, else xla.
       interpret: for tests: run the kernel's body in plain JAX, on any device, slowly.
@@ -63,47 +62,150 @@ def causal_conv(
     Raises:
       ValueError: a shape, dtype or name that does not fit, naming the argument; or a kernel that cannot serve.
     """
-    check_choice("activation", activation, ACTIVATIONS)
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if x.ndim < 3 + (part is not None):
-        raise ValueError(f"x has shape {x.shape}; it must be (b, l, {'...' if part is None else 'parts, ...'}channels)")
-    if part is not None and not 0 <= part < x.shape[2]:
-        raise ValueError(f"part is {part} and x has shape {x.shape}, (b, l, parts, ...channels)")
-    batch, length, *channels = x.shape if part is None else (*x.shape[:2], *x.shape[3:])
+    _check_options(activation, implementation, interpret)
+    if x.ndim < 3:
+        raise ValueError(f"x has shape {x.shape}; it must be (b, l, ...channels)")
+    batch, length, *channels = x.shape
     width = _check_kernel(x, kernel, bias, channels)
     from_nothing = initial_window is None
     if from_nothing:
         initial_window = jnp.zeros((batch, width - 1, *channels), x.dtype)
     check_shape("initial_window", initial_window, (batch, width - 1, *channels), "(b, k-1, ...channels)")
     check_floating("initial_window", initial_window)
-    for name, bound in (("run_start", run_start), ("run_end", run_end)):
-        if bound is not None:
-            check_shape(name, bound, (batch,), "(b,)")
-            check_integer(name, bound)
-    if segment_ids is not None:
-        check_shape("segment_ids", segment_ids, (batch, length), "(b, l)")
-        check_integer("segment_ids", segment_ids)
+    _check_rows(batch, length, run_start, run_end, segment_ids)
 
-    obstacle = None if interpret else fused_gpu_obstacle()
-    if implementation == "pallas_gpu" and obstacle is not None:
-        raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     window = initial_window.astype(x.dtype)
-    parts = length_parts(length)
-    if from_nothing and parts > 1 and length // parts >= width - 1 > 0:
+    if from_nothing and _is_spread(length, width):
         options = {"activation": activation, "implementation": implementation, "interpret": interpret}
-        y = _spread(functools.partial(causal_conv, **options), x, kernel, bias, run_start, segment_ids, part)
-        x = x if part is None else x[:, :, part]
+        y = _spread(functools.partial(causal_conv, **options), x, kernel, bias, run_start, segment_ids)
         return y, _window_of_tokens(x, window, run_start, run_end, segment_ids)
-    if implementation == "xla" or obstacle is not None:
-        x = x if part is None else x[:, :, part]
+    if not _takes_kernel(implementation, interpret):
         segment = None if segment_ids is None else _padded_segments(segment_ids, run_start, width)
         padded = _pad(x, window, run_start)
         y = _convolve(padded, kernel, bias, segment, activation, length)
         return y, _final_window(padded, segment, run_end, width)
 
-    y = _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, interpret)
-    x = x if part is None else x[:, :, part]
+    def streams(conv_gpu, channels):
+        return [conv_gpu.Stream(source=0, offset=0, kernel=0, first=0, channels=channels[0])]
+
+    to_kernel = None if from_nothing else window
+    (y,), _, _ = _fused((x,), (kernel,), (bias,), (to_kernel,), run_start, segment_ids, activation, interpret, streams)
     return y, _window_of_tokens(x, window, run_start, run_end, segment_ids)
+
+
+class MixerConvs(NamedTuple):
+    """What `mixer_convs` returns.
+
+    Attributes:
+        x: (b, l, e).
+        B, C: (b, l, s) each.
+        windows: ((b, k-1, e), (b, k-1, 2, s)), those after the run of what x and of what B and C were made of; None
+            unless they were wanted.
+        gate: z.
+    """
+
+    x: jax.Array
+    B: jax.Array
+    C: jax.Array
+    windows: tuple[jax.Array, jax.Array] | None
+    gate: Gate
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "keep_windows", "implementation", "interpret"))
+def mixer_convs(
+    zx: jax.Array,
+    bc: jax.Array,
+    conv_x: tuple[jax.Array, jax.Array | None],
+    conv_bc: tuple[jax.Array, jax.Array | None],
+    *,
+    initial_windows: tuple[jax.Array, jax.Array] | None = None,
+    run_start: jax.Array | None = None,
+    run_end: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    activation: Activation | None = None,
+    keep_windows: bool = True,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> MixerConvs:
+    """Runs both convolutions of a Mamba2 mixer, of x and of B and C, as `causal_conv` would one.
+
+    On a GPU in one launch, which reads x where it lies beside z and leaves B and C apart, and in another for the
+    gradients, which puts those of z and x into one array.
+
+    Args:
+      zx: (b, l, 2, e), z and x; only x is convolved.
+      bc: (b, l, 2, s), B and C.
+      conv_x, conv_bc: kernels (k, e) and (k, 2, s), each with its bias (e,) and (2, s) or None.
+      initial_windows: ((b, k-1, e), (b, k-1, 2, s)) or None for zeros.
+      keep_windows: whether the windows after the run are wanted.
+      The others as in `causal_conv`.
+
+    Raises:
+      ValueError: as `causal_conv`.
+    """
+    _check_options(activation, implementation, interpret)
+    if zx.ndim != 4 or zx.shape[2] != 2:
+        raise ValueError(f"zx has shape {zx.shape}; it must be (b, l, 2, e)")
+    batch, length, _, inner = zx.shape
+    if bc.ndim != 4 or bc.shape[:3] != zx.shape[:3]:
+        raise ValueError(f"bc has shape {bc.shape}; it must be (b, l, 2, s) = {(batch, length, 2, 's')}")
+    width = _check_kernel(zx, *conv_x, [inner])
+    if _check_kernel(bc, *conv_bc, list(bc.shape[2:])) != width:
+        raise ValueError(f"conv_bc has {conv_bc[0].shape[0]} taps and conv_x {width}; they must have as many")
+    options = {"activation": activation, "implementation": implementation, "interpret": interpret}
+    rows = {"run_start": run_start, "run_end": run_end, "segment_ids": segment_ids}
+    from_nothing = initial_windows is None
+    if not _takes_kernel(implementation, interpret) or (from_nothing and _is_spread(length, width)):
+        windows = (None, None) if from_nothing else initial_windows
+        x, window_x = causal_conv(zx[:, :, X], *conv_x, initial_window=windows[0], **rows, **options)
+        bc, window_bc = causal_conv(bc, *conv_bc, initial_window=windows[1], **rows, **options)
+        return MixerConvs(x, bc[:, :, 0], bc[:, :, 1], (window_x, window_bc) if keep_windows else None, Gate(zx))
+
+    _check_rows(batch, length, **rows)
+    shapes = (batch, width - 1, inner), (batch, width - 1, *bc.shape[2:])
+    if not from_nothing:
+        for index, (window, shape) in enumerate(zip(initial_windows, shapes, strict=True)):
+            check_shape(f"initial_windows[{index}]", window, shape, "(b, k-1, ...channels)")
+            check_floating(f"initial_windows[{index}]", window)
+        initial_windows = initial_windows[0].astype(zx.dtype), initial_windows[1].astype(bc.dtype)
+
+    def streams(conv_gpu, channels):
+        inner, both = channels
+        state = both // 2
+        return [
+            conv_gpu.Stream(source=0, offset=inner, kernel=0, first=0, channels=inner),
+            conv_gpu.Stream(source=1, offset=0, kernel=1, first=0, channels=state),
+            conv_gpu.Stream(source=1, offset=state, kernel=1, first=state, channels=state),
+        ]
+
+    # The kernel leaves the windows of whole rows alone.
+    by_kernel = keep_windows and all(array is None for array in rows.values()) and length >= width - 1 > 0
+    (x, B, C), windows, for_gate = _fused(
+        (zx, bc),
+        *zip(conv_x, conv_bc, strict=True),
+        (None, None) if from_nothing else initial_windows,
+        run_start,
+        segment_ids,
+        activation,
+        interpret,
+        streams,
+        keep_windows=by_kernel,
+        hand_on=0,
+    )
+    if keep_windows and not by_kernel:
+        if from_nothing:
+            initial_windows = tuple(jnp.zeros(shape, of.dtype) for shape, of in zip(shapes, (zx, bc), strict=True))
+        windows = tuple(
+            _window_of_tokens(inputs, window, **rows)
+            for inputs, window in zip((zx[:, :, X], bc), initial_windows, strict=True)
+        )
+    return MixerConvs(x, B, C, windows if keep_windows else None, Gate(for_gate, shares_gradient=True))
+
+
+def _is_spread(length: int, width: int) -> bool:
+    """Whether a row's tokens lie on several devices, none with fewer than reach across to the next."""
+    parts = length_parts(length)
+    return parts > 1 and length // parts >= width - 1 > 0
 
 
 def _pad(x: jax.Array, window: jax.Array, run_start: jax.Array | None) -> jax.Array:
@@ -133,14 +235,30 @@ def _convolve(
     return _activate(y, activation).astype(padded.dtype)
 
 
-def _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, interpret) -> jax.Array:
-    """`_convolve` by the kernel for GPUs, on every device of a mesh for its own rows and channels."""
+def _fused(
+    sources,
+    kernels,
+    biases,
+    windows,
+    run_start,
+    segment_ids,
+    activation,
+    interpret,
+    streams,
+    *,
+    keep_windows=False,
+    hand_on=None,
+):
+    """`conv_gpu.convolve` on every device of a mesh for its own rows and channels.
+
+    Sources, kernels and the rest have the axes of channels that they have outside. `streams` makes the streams, of the
+    module `conv_gpu` and the channels of each kernel on one device.
+    """
     # Imported here: Pallas is slow to import, and of use on a GPU only.
     from zamba2_jax.ops import conv_gpu
 
-    batch, length = x.shape[:2]
-    width, *channels = kernel.shape
-    options = conv_gpu.Options(part=part, activate=activation is not None, interpret=interpret)
+    batch, length = sources[0].shape[:2]
+    width = kernels[0].shape[0]
     segment = None if segment_ids is None else _padded_segments(segment_ids, None, width)[:, width - 1 :]
     start = None if run_start is None else run_start.astype(jnp.int32)
 
@@ -149,43 +267,63 @@ def _fused(x, kernel, bias, window, run_start, segment_ids, activation, part, in
             segment = _from_first(jnp.pad(segment, ((0, 0), (width - 1, 0))), start, width)
         return _convolve(_pad(x, window, start), kernel, bias, segment, activation, length)
 
-    def local(x, kernel, bias, window, start, segment):
-        rows, all_channels = x.shape[0], math.prod(kernel.shape[1:])
+    def local(sources, kernels, biases, windows, start, segment):
+        def flat(arrays, axes):
+            return tuple(
+                None if array is None else array.reshape(*array.shape[:axes], math.prod(array.shape[axes:]))
+                for array in arrays
+            )
 
-        def flat(array, axes):
-            return None if array is None else array.reshape(*array.shape[:axes], all_channels)
-
-        y = conv_gpu.convolve(
-            flat(x, 2 if part is None else 3),
-            flat(kernel, 1),
-            flat(bias, 0),
-            flat(window, 2),
+        channels = [math.prod(kernel.shape[1:]) for kernel in kernels]
+        options = conv_gpu.Options(
+            streams=tuple(streams(conv_gpu, channels)),
+            activate=activation is not None,
+            keep_windows=keep_windows,
+            hand_on=hand_on,
+            interpret=interpret,
+        )
+        ys, last, handed_on = conv_gpu.convolve(
+            flat(sources, 2),
+            flat(kernels, 1),
+            flat(biases, 0),
+            flat(windows, 2),
             start,
             segment,
             options,
             plain,
         )
-        return y.reshape(rows, length, *kernel.shape[1:])
+        if len(ys) == 1:
+            ys = (ys[0].reshape(*sources[0].shape[:2], *kernels[0].shape[1:]),)
+        last = tuple(
+            array.reshape(*array.shape[:2], *kernel.shape[1:]) for array, kernel in zip(last, kernels, strict=False)
+        )
+        return ys, last, None if hand_on is None else handed_on.reshape(sources[hand_on].shape)
 
-    rows, spread = _split(batch, channels)
-    x_spec = PartitionSpec(rows, None, *(() if part is None else (None,)), *spread)
+    rows, spreads = _split(batch, [kernel.shape[1:] for kernel in kernels])
     of_row = PartitionSpec(rows)
+    of_sources = tuple(
+        # An axis of parts, in one array, comes before those of channels.
+        PartitionSpec(rows, None, *(None,) * (source.ndim - 2 - len(spread)), *spread)
+        for source, spread in zip(sources, spreads, strict=True)
+    )
+    of_windows = tuple(PartitionSpec(rows, None, *spread) for spread in spreads)
+    of_ys = of_windows if len(kernels) == 1 else (of_windows[0], of_row, of_row)
     return on_each_device(
         local,
-        (x, kernel, bias, window, start, segment),
+        (sources, kernels, biases, windows, start, segment),
         (
-            x_spec,
-            PartitionSpec(None, *spread),
-            PartitionSpec(*spread),
-            PartitionSpec(rows, None, *spread),
+            of_sources,
+            tuple(PartitionSpec(None, *spread) for spread in spreads),
+            tuple(PartitionSpec(*spread) for spread in spreads),
+            of_windows,
             of_row,
             of_row,
         ),
-        PartitionSpec(rows, None, *spread),
+        (of_ys, of_windows if keep_windows else (), None if hand_on is None else of_sources[hand_on]),
     )
 
 
-def _spread(convolve, x, kernel, bias, run_start, segment_ids, part) -> jax.Array:
+def _spread(convolve, x, kernel, bias, run_start, segment_ids) -> jax.Array:
     """y where a row's tokens are spread over devices: each is handed the last k - 1 inputs of the one before it, as an
     initial window."""
     batch, length = x.shape[:2]
@@ -194,7 +332,6 @@ def _spread(convolve, x, kernel, bias, run_start, segment_ids, part) -> jax.Arra
     if run_start is not None:
         # What precedes the run is absent: as if it were zero, for a run without a window. It is the first token of a
         # run, not of a device's part, that has nothing before it.
-        x, part = (x if part is None else x[:, :, part]), None
         inside = jnp.arange(length) >= run_start[:, None]
         x = jnp.where(inside.reshape(*inside.shape, *(1,) * len(channels)), x, jnp.zeros((), x.dtype))
 
@@ -204,32 +341,35 @@ def _spread(convolve, x, kernel, bias, run_start, segment_ids, part) -> jax.Arra
         return jax.lax.ppermute(last, axis, [(device, device + 1) for device in range(parts - 1)])
 
     def local(x, kernel, bias, segment_ids):
-        window = from_before(x if part is None else x[:, :, part])
+        window = from_before(x)
         if segment_ids is not None:
             # A window is of the first token's segment: what lies before a change of id is zeroed.
             ids = jnp.concatenate([from_before(segment_ids), segment_ids[:, :1]], axis=1)
             changes = jnp.cumsum((ids[:, 1:] != ids[:, :-1])[:, ::-1], axis=1)[:, ::-1]
             same = (changes == 0).reshape(*changes.shape, *(1,) * len(channels))
             window = jnp.where(same, window, jnp.zeros((), window.dtype))
-        return convolve(x, kernel, bias, initial_window=window, segment_ids=segment_ids, part=part)[0]
+        return convolve(x, kernel, bias, initial_window=window, segment_ids=segment_ids)[0]
 
-    rows, spread = _split(batch, channels)
-    of_x = PartitionSpec(rows, axis, *(() if part is None else (None,)), *spread)
+    rows, [spread] = _split(batch, [channels])
+    of_x = PartitionSpec(rows, axis, *spread)
     return on_each_device(
         local,
         (x, kernel, bias, segment_ids),
         (of_x, PartitionSpec(None, *spread), PartitionSpec(*spread), PartitionSpec(rows, axis)),
-        PartitionSpec(rows, axis, *spread),
+        of_x,
     )
 
 
-def _split(batch: int, channels: list[int]) -> tuple[tuple[str, ...] | None, tuple[tuple[str, ...] | None, ...]]:
-    """The mesh axes of the rows, and of each axis of channels."""
+def _split(batch: int, kernels: list) -> tuple[tuple[str, ...] | None, list[tuple[tuple[str, ...] | None, ...]]]:
+    """The mesh axes of the rows, and of each axis of each kernel's channels."""
     sizes = automatic_axes()
-    rows = dividing(BATCH_AXES, sizes, batch)
-    if len(channels) > 1:  # B and C, which all heads of a group read, are on every device
-        return rows, (None,) * len(channels)
-    return rows, (dividing((RULES["mamba_inner"],), sizes, channels[0]),)  # those of mamba's heads
+
+    def spread(channels):
+        if len(channels) > 1:  # B and C, which all heads of a group read, are on every device
+            return (None,) * len(channels)
+        return (dividing((RULES["mamba_inner"],), sizes, channels[0]),)  # those of mamba's heads
+
+    return dividing(BATCH_AXES, sizes, batch), [spread(channels) for channels in kernels]
 
 
 def _window_of_tokens(
@@ -295,6 +435,28 @@ def causal_conv_step(
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return _activate(y, activation).astype(x.dtype), inputs[:, 1:]
+
+
+def _takes_kernel(implementation: Implementation | None, interpret: bool) -> bool:
+    obstacle = None if interpret else fused_gpu_obstacle()
+    return implementation != "xla" and obstacle is None
+
+
+def _check_options(activation: Activation | None, implementation: Implementation | None, interpret: bool) -> None:
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "pallas_gpu" and not interpret and (obstacle := fused_gpu_obstacle()) is not None:
+        raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
+
+
+def _check_rows(batch: int, length: int, run_start, run_end, segment_ids) -> None:
+    for name, bound in (("run_start", run_start), ("run_end", run_end)):
+        if bound is not None:
+            check_shape(name, bound, (batch,), "(b,)")
+            check_integer(name, bound)
+    if segment_ids is not None:
+        check_shape("segment_ids", segment_ids, (batch, length), "(b, l)")
+        check_integer("segment_ids", segment_ids)
 
 
 def _check_kernel(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, channels: list[int]) -> int:

@@ -10,21 +10,21 @@ from jax.sharding import PartitionSpec
 from zamba2_jax.ops._checks import check_choice, check_floating, check_shape
 from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import fused_gpu_obstacle
+from zamba2_jax.ops.gate import Gate
 from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing
 
 Implementation = Literal["xla", "pallas_gpu"]
 IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "eps", "part", "implementation", "interpret"))
+@functools.partial(jax.jit, static_argnames=("groups", "eps", "implementation", "interpret"))
 def gated_rms_norm(
     y: jax.Array,
-    gate: jax.Array,
+    gate: jax.Array | Gate,
     scale: jax.Array,
     *,
     groups: int = 1,
     eps: float = 1e-5,
-    part: int | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -35,12 +35,10 @@ def gated_rms_norm(
 
     Args:
       y: (b, l, e), floating.
-      gate: (b, l, e), floating; or with `part` (b, l, parts, e), of which that part is the gate: the kernel reads it
-        where it lies.
+      gate: (b, l, e), floating; or a `Gate`, whose z the kernel reads where it lies.
       scale: (e,).
       groups: number of groups, a divisor of e.
       eps: added to the mean square.
-      part: see gate.
       implementation: "xla", or "pallas_gpu", one kernel each way. None takes the kernel on GPUs of compute capability
         9.0 and newer where it can serve, else xla.
       interpret: for tests: run the kernel's body in plain JAX, on any device, slowly.
@@ -55,16 +53,12 @@ def gated_rms_norm(
     if y.ndim != 3:
         raise ValueError(f"y has shape {y.shape}; it must be (b, l, e)")
     batch, _, channels = y.shape
-    if part is None:
-        check_shape("gate", gate, y.shape, "the shape of y, (b, l, e)")
+    if isinstance(gate, Gate):
+        check_shape("gate.zx", gate.zx, (*y.shape[:2], 2, channels), "(b, l, 2, e)")
     else:
-        if gate.ndim != 4 or not 0 <= part < gate.shape[2]:
-            raise ValueError(
-                f"gate has shape {gate.shape} and part is {part}; it must be (b, l, parts, e), part < parts"
-            )
-        check_shape("gate", gate, (*y.shape[:2], gate.shape[2], channels), "(b, l, parts, e)")
+        check_shape("gate", gate, y.shape, "the shape of y, (b, l, e)")
     check_shape("scale", scale, (channels,), "(e,)")
-    for name, array in {"y": y, "gate": gate, "scale": scale}.items():
+    for name, array in {"y": y, "gate": gate.zx if isinstance(gate, Gate) else gate, "scale": scale}.items():
         check_floating(name, array)
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}; it must divide the {channels} channels of y")
@@ -73,7 +67,7 @@ def gated_rms_norm(
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     if implementation == "xla" or obstacle is not None:
-        return _xla(y, gate if part is None else gate[:, :, part], scale, groups, eps)
+        return _xla(y, gate.z if isinstance(gate, Gate) else gate, scale, groups, eps)
 
     # Imported here: Pallas is slow to import, and of use on a GPU only.
     from zamba2_jax.ops import gated_norm_gpu
@@ -81,16 +75,20 @@ def gated_rms_norm(
     rows = dividing(BATCH_AXES, automatic_axes(), batch)
     split = _split(channels, groups)
     options = gated_norm_gpu.Options(
-        groups=groups // (automatic_axes()[split] if split else 1), eps=eps, part=part, interpret=interpret
+        groups=groups // (automatic_axes()[split] if split else 1),
+        eps=eps,
+        fills_gradient=not (isinstance(gate, Gate) and gate.shares_gradient),
+        interpret=interpret,
     )
+    spec = gate_spec = PartitionSpec(rows, None, split)
+    if isinstance(gate, Gate):
+        gate, gate_spec = gate.zx, PartitionSpec(rows, None, None, split)
 
     def local(y, gate, scale):
         tokens = y.shape[0] * y.shape[1]
         out = gated_norm_gpu.normalise(y.reshape(tokens, -1), gate.reshape(tokens, *gate.shape[2:]), scale, options)
         return out.reshape(y.shape)
 
-    spec = PartitionSpec(rows, None, split)
-    gate_spec = spec if part is None else PartitionSpec(rows, None, None, split)
     return on_each_device(local, (y, gate, scale), (spec, gate_spec, PartitionSpec(split)), spec)
 
 

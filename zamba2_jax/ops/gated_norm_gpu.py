@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.gate import Z
+
 # Tokens per program of the backward pass, which adds up the scale's gradient over them, and how many of them are being
 # loaded while one is worked on.
 TOKENS, AHEAD = 32, 1
@@ -28,19 +30,21 @@ class Options:
     Attributes:
         groups: the channels of y are this many groups, each normalised by itself.
         eps: added to the mean square.
-        part: None, or which of the parts (..., parts, channels) of the gate is it.
+        fills_gradient: whether the gradient of a gate that lies beside x is zero in x's place; else nothing is written
+            there.
         interpret: run the body in plain JAX, on any device.
     """
 
     groups: int
     eps: float
-    part: int | None
+    fills_gradient: bool
     interpret: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalise(y: jax.Array, gate: jax.Array, scale: jax.Array, options: Options) -> jax.Array:
-    """y (t,e), gate (t,e) or (t,parts,e), scale (e,) -> (t,e) of y.dtype; as `ops.gated_norm.gated_rms_norm`."""
+    """y (t,e), gate (t,e) or (t,2,e) with x beside it, scale (e,) -> (t,e) of y.dtype; as
+    `ops.gated_norm.gated_rms_norm`."""
     return _forward(y, gate, scale, options)
 
 
@@ -51,21 +55,16 @@ def _normalise_forward(y, gate, scale, options):
 def _normalise_backward(options, residuals, dout):
     y, gate, scale = residuals
     dy, dgate, dscale = _backward(y, gate, scale, dout, options)
-    if options.part is not None:
-        dgate = _of_part(dgate, options.part, gate.shape[1])
+    if gate.ndim == 3 and options.fills_gradient:
+        # A padding, which XLA fuses with the sum of the parts' gradients; an update of zeros it would write out.
+        dgate = jnp.pad(dgate[:, None], ((0, 0), (Z, gate.shape[1] - 1 - Z), (0, 0)))
     return dy, dgate, dscale.sum(axis=0).astype(scale.dtype)
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def _of_part(gradient: jax.Array, part: int, parts: int) -> jax.Array:
-    """(t,e) to (t,parts,e), zero but for one part. A padding, which XLA fuses with the sum of the parts' gradients; an
-    update of zeros it would write out."""
-    return jnp.pad(gradient[:, None], ((0, 0), (part, parts - 1 - part), (0, 0)))
-
-
-class _Group:
+class Group:
     """One group of channels of a token: loads, stores, and the float32 values that both passes need."""
 
     def __init__(self, size: int, eps: float):
@@ -82,8 +81,8 @@ class _Group:
     def load(self, ref, *row, offset: int = 0) -> jax.Array:
         return self.read(ref, *row, offset=offset).astype(jnp.float32)
 
-    def store(self, ref, value, *row) -> None:
-        part = ref.at[(*row, pl.ds(self._first, self._block))]
+    def store(self, ref, value, *row, offset: int = 0) -> None:
+        part = ref.at[(*row, pl.ds(offset + self._first, self._block))]
         plgpu.store(part, value.astype(ref.dtype), mask=self._inside if self._masked else None)
 
     def mean(self, value) -> jax.Array:
@@ -93,11 +92,12 @@ class _Group:
         return jax.lax.rsqrt(self.mean(gated * gated) + self._eps)
 
 
-def _gate_rows(y, gate, options: Options) -> tuple[jax.Array, int]:
-    return gate.reshape(y.shape[0], -1), 0 if options.part is None else options.part * y.shape[1]
+def _gate_rows(y, gate) -> tuple[jax.Array, int]:
+    """The rows that the gate lies in, and its first channel there."""
+    return gate.reshape(y.shape[0], -1), 0 if gate.ndim == 2 else Z * y.shape[1]
 
 
-def _warps(size: int, per_thread: int) -> int:
+def warps_for(size: int, per_thread: int) -> int:
     """So many that a thread holds `per_thread` channels of a group: a power of two, as Triton wants."""
     return max(1, min(16, _block(size) // (32 * per_thread)))
 
@@ -107,11 +107,11 @@ def _block(size: int) -> int:
 
 
 def _forward(y, gate, scale, options: Options) -> jax.Array:
-    gate, offset = _gate_rows(y, gate, options)
+    gate, offset = _gate_rows(y, gate)
     size = y.shape[1] // options.groups
 
     def body(y_ref, gate_ref, scale_ref, out_ref):
-        group = _Group(size, options.eps)
+        group = Group(size, options.eps)
         gate = group.load(gate_ref, offset=offset)
         gated = group.load(y_ref) * gate * jax.nn.sigmoid(gate)
         # Rounded before the scale, as the checkpoints were trained.
@@ -127,21 +127,24 @@ def _forward(y, gate, scale, options: Options) -> jax.Array:
         in_specs=[row(y), row(gate), pl.BlockSpec(scale.shape, lambda t, g: (0,))],
         out_specs=row(y),
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(size, 16), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps_for(size, 16), num_stages=1),
         interpret=options.interpret,
         name="gated_rms_norm",
     )(y, gate, scale)
 
 
 def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dy and dgate (t,e), and dscale (blocks,e) float32, to be added over blocks of tokens."""
-    gate, offset = _gate_rows(y, gate, options)
+    """dy (t,e); dgate (t,e) or, where its gradient is not filled, of gate's shape; dscale (blocks,e) float32, to be
+    added over blocks of tokens."""
+    shape = y.shape if options.fills_gradient else gate.shape
+    gate, offset = _gate_rows(y, gate)
+    dgate_rows, to = (y.shape, 0) if options.fills_gradient else (gate.shape, offset)
     tokens, channels = y.shape
     size = channels // options.groups
     blocks = pl.cdiv(tokens, TOKENS)
 
     def body(y_ref, gate_ref, scale_ref, dout_ref, dy_ref, dgate_ref, dscale_ref):
-        group = _Group(size, options.eps)
+        group = Group(size, options.eps)
         scale = group.load(scale_ref)
         first = pl.program_id(0) * TOKENS
         last = jnp.minimum(first + TOKENS, tokens)
@@ -165,7 +168,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
             dnormed = dout * scale
             dgated = inverse * (dnormed - normed * group.mean(dnormed * normed))
             group.store(dy_ref, dgated * gate * sigmoid, token)
-            group.store(dgate_ref, dgated * y * sigmoid * (1 + gate * (1 - sigmoid)), token)
+            group.store(dgate_ref, dgated * y * sigmoid * (1 + gate * (1 - sigmoid)), token, offset=to)
             return dscale + dout * normed.astype(dout_ref.dtype).astype(jnp.float32), under_way
 
         start = jnp.zeros_like(scale), [read(first + ahead) for ahead in range(AHEAD)]
@@ -175,17 +178,19 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
     def whole(array):
         return pl.BlockSpec(array.shape, lambda t, g: (0,) * array.ndim)
 
-    return pl.pallas_call(
+    dgate = jax.ShapeDtypeStruct(dgate_rows, gate.dtype)
+    dy, dgate, dscale = pl.pallas_call(
         body,
         grid=(blocks, options.groups),
         in_specs=[whole(y), whole(gate), whole(scale), whole(dout)],
-        out_specs=[whole(y), whole(y), pl.BlockSpec((None, channels), lambda t, g: (t, 0))],
+        out_specs=[whole(y), whole(dgate), pl.BlockSpec((None, channels), lambda t, g: (t, 0))],
         out_shape=[
             jax.ShapeDtypeStruct(y.shape, y.dtype),
-            jax.ShapeDtypeStruct(y.shape, gate.dtype),
+            dgate,
             jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=_warps(size, 8), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps_for(size, 8), num_stages=1),
         interpret=options.interpret,
         name="gated_rms_norm_backward",
     )(y, gate, scale, dout)
+    return dy, dgate.reshape(shape), dscale

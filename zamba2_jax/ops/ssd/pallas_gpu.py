@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.ssd import pallas_gpu_kernels as kernels
-from zamba2_jax.ops.ssd.pallas_gpu_kernels import NO_MEMORY, Launch
+from zamba2_jax.ops.ssd.pallas_gpu_kernels import Launch
 
 CHUNK = 64
 # The smallest side of a Triton matrix product, and the largest tiles that the registers hold.
@@ -53,11 +53,6 @@ def ssd(
 ) -> tuple[jax.Array, jax.Array]:
     """Arguments and results as in `chunked.ssd`; `chunk` is a power of two of at least 16. Differentiable."""
     length, headdim, size = x.shape[1], x.shape[-1], B.shape[-1]
-    a = jnp.maximum(dt * A, NO_MEMORY)
-    if resets is not None:
-        a = jnp.where(resets[..., None], NO_MEMORY, a)
-    steps_last = functools.partial(jnp.moveaxis, source=1, destination=2)
-
     # Tiles have sides that are powers of two; what is added is zero, adds nothing and is cut off again.
     more_headdim, more_state = _tile(headdim) - headdim, _tile(size) - size
     x = _pad_last(x, more_headdim)
@@ -65,84 +60,56 @@ def ssd(
     state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, more_headdim), (0, more_state)))
     # A sequence shorter than a chunk takes a smaller one.
     chunk = min(chunk, _tile(length))
-    y, state = _ssd(x, steps_last(dt), steps_last(a), B, C, D, state, chunk, interpret)
+    resets = None if resets is None else resets.astype(jnp.int32)
+    y, state = _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret)
     return y[..., :headdim], state[..., :headdim, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _ssd(x, dt, a, B, C, D, state, chunk, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret):
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
     parts = _parts(x, chunk)
+    steps, s = kernels.prepare(dt, A, resets, parts, x.dtype, launch(stages=1))
     if parts == 1:
-        s = kernels.sums(a, x.dtype, launch(stages=1))
-        return kernels.forward(x, dt, s, B, C, D, state, launch(stages=2, split=_split(x)))
+        return kernels.forward(x, steps, s, B, C, D, state, launch(stages=2, split=_split(x)))
 
-    # The parts of a row side by side, as rows of their own: first for the states that they end with, and once it is
-    # known what each begins with, for all. A part is whole chunks, so that the sums of its chunks are its own.
+    # The parts of a row side by side, as rows of their own: first for the states that they end with, and once those are
+    # known, for all. A part is whole chunks, so that the sums of its chunks are its own.
     batch, length = x.shape[:2]
 
     def rows(array):
         """(b,l,...) to (b·parts,l/parts,...)."""
         return array.reshape(batch * parts, length // parts, *array.shape[2:])
 
-    def rows_of_steps(array):
-        """(b,h,l) to (b·parts,h,l/parts)."""
-        split = array.reshape(batch, -1, parts, length // parts)
-        return jnp.moveaxis(split, 2, 1).reshape(batch * parts, -1, length // parts)
-
-    x_rows, dt_rows, a_rows, B_rows = rows(x), rows_of_steps(dt), rows_of_steps(a), rows(B)
-    s_rows = kernels.sums(a_rows, x.dtype, launch(stages=1))
-    gains = kernels.last_state(x_rows, dt_rows, s_rows, B_rows, launch(stages=3)).reshape(
-        batch, parts, *state.shape[1:]
-    )
-    kept = jnp.exp(a_rows.sum(axis=-1)).reshape(batch, parts, -1, 1, 1)
-    starts = [state]
-    for part in range(parts - 1):
-        starts.append(kept[:, part] * starts[-1] + gains[:, part])
-    starts = jnp.stack(starts, axis=1).reshape(batch * parts, *state.shape[1:])
-    y, ends = kernels.forward(x_rows, dt_rows, s_rows, B_rows, rows(C), D, starts, launch(stages=2))
-    return y.reshape(x.shape), ends.reshape(batch, parts, *state.shape[1:])[:, -1]
+    before = kernels.last_states(rows(x), steps, s, rows(B), parts, launch(stages=3))
+    y, state = kernels.forward(rows(x), steps, s, rows(B), rows(C), D, state, launch(stages=2), before)
+    return y.reshape(x.shape), state
 
 
-def _ssd_forward(x, dt, a, B, C, D, state, chunk, interpret):
-    return _ssd(x, dt, a, B, C, D, state, chunk, interpret), (x, dt, a, B, C, D, state)
+def _ssd_forward(x, dt, A, B, C, D, state, resets, chunk, interpret):
+    return _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret), (x, dt, A, B, C, D, state, resets)
 
 
 def _ssd_backward(chunk, interpret, residuals, gradients):
-    x, dt, a, B, C, D, state = residuals
+    x, dt, A, B, C, D, state, resets = residuals
     dy, dstate = gradients
     launch = functools.partial(Launch, chunk, interpret=interpret)
-    s = kernels.sums(a, x.dtype, launch(warps=4, stages=1))
+    steps, s = kernels.prepare(dt, A, resets, 1, x.dtype, launch(warps=4, stages=1))
     walk = launch(warps=4, stages=3, split=_split(x))
-    starts, _ = kernels.states(x, dt, s, B, state, walk)
+    starts, _ = kernels.states(x, steps, s, B, state, walk)
     ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
-    dx, ddt, ds, at_end, skip, state_at_end = kernels.backward_heads(
-        x, dt, s, B, C, D, starts, dy, ends, launch(warps=4, stages=1)
+    dx, of_steps, at_end, skip = kernels.backward_heads(
+        x, steps, s, B, C, D, starts, dy, ends, launch(warps=4, stages=1)
     )
     some = _heads_per_program(x, B.shape[2], chunk)
-    dB, dC = kernels.backward_groups(x, dt, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
+    dB, dC = kernels.backward_groups(x, steps, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
     dB, dC = (partial.sum(axis=0).astype(B.dtype) for partial in (dB, dC))
-    da = _sum_to_end(ds, at_end, state_at_end.sum(axis=-1), chunk)
-    return dx, ddt, da, dB, dC, None if D is None else skip.sum(axis=(0, 2)), dstate
+    ddt, dA = kernels.backward_steps(dt, A, resets, of_steps, at_end, launch(warps=4, stages=1))
+    dD = None if D is None else skip.sum(axis=(0, 2))
+    return dx, ddt, dA.sum(axis=(0, 1)), dB, dC, dD, dstate, None
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
-
-
-def _sum_to_end(ds: jax.Array, at_end: jax.Array, state_at_end: jax.Array, chunk: int) -> jax.Array:
-    """da_t: the sum of ds (b,h,l) from t to the end of its chunk, and all that is felt there: at_end (b,h,l),
-    state_at_end (b,h,c)."""
-    batch, heads, length = ds.shape
-    chunks = state_at_end.shape[2]
-
-    def by_chunk(array):
-        padded = jnp.pad(array, ((0, 0), (0, 0), (0, chunks * chunk - length)))
-        return padded.reshape(batch, heads, chunks, chunk)
-
-    later = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
-    da = jnp.matmul(by_chunk(ds), later, precision=jax.lax.Precision.HIGHEST)
-    da += (by_chunk(at_end).sum(axis=-1) + state_at_end)[..., None]
-    return da.reshape(batch, heads, chunks * chunk)[..., :length]
 
 
 def _parts(x: jax.Array, chunk: int) -> int:

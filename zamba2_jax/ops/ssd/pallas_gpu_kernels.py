@@ -3,7 +3,7 @@
 In the letters of `chunked`, with a_t = dt_t A, s the sums of a within a chunk of q tokens, S the state (p, n) that the
 chunk starts with, G = C Bᵀ, L_ij = exp(s_i - s_j) for j <= i, and M = G∘L:
 
-- `sums` prepares s, which all others read.
+- `prepare` makes s, which all others read.
 - `forward`: one program per row and head walks the chunks with the state in registers.
 
       y = (M∘dt_j) x + exp(s_i) (C Sᵀ) + D x,    S <- exp(s_q) S + (exp(s_q - s_j) dt_j x)ᵀ B
@@ -40,8 +40,12 @@ from jax.experimental.pallas import triton as plgpu
 # A decay's logarithm below this is as good as minus infinity: exp(-120) is 0 in float32. A reset is written as this.
 NO_MEMORY = -120.0
 
-# The sums s as the kernels hand them on: (rests,) or (rests, wholes), see `sums`.
+# The sums s as the kernels hand them on: (rests,) or (rests, wholes), see `prepare`.
 Sums = tuple[jax.Array, ...]
+# What parts of rows leave of the state, see `last_states`.
+Before = tuple[jax.Array, jax.Array]
+# Heads per program of the kernels that turn steps from tokens side by side to heads side by side.
+_HEADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,53 +72,85 @@ class Launch:
         return pl.pallas_call(kernel, name=name, compiler_params=params, interpret=self.interpret, **arguments)
 
 
-def sums(a: jax.Array, dtype: jax.typing.DTypeLike, launch: Launch) -> Sums:
-    """a (b,h,l) float32, from `NO_MEMORY` to 0 -> the sums s of every chunk, for data of `dtype`, in units of log 2.
+def prepare(dt, A, resets, parts: int, dtype: jax.typing.DTypeLike, launch: Launch) -> tuple[jax.Array, Sums]:
+    """What all other kernels read: dt with a head's steps side by side, and the sums s of every chunk, for data of
+    `dtype`, in units of log 2.
 
     In a bfloat16 model a float32 sum will do: its error is a hundredth of a weight's. For float32 the sums are taken in
     integers, multiples of a unit so fine that they fill 31 bits, beside a sum of the rests: exact to 1e-10, where a
     plain sum that has reached -1000 has lost the digits that the decay between neighbours is made of.
 
+    Args:
+      dt: (b,l,h) float32. A: (h,) float32. resets: (b,l) int32 or None, where not 0 the state is zeroed before.
+      parts: a row is cut into so many, which become rows of their own. With several, `launch.chunk` divides l / parts.
+
     Returns:
-      (b,h,l) float32 rests and, for float32 data, (b,h,l) int32 multiples of `_unit`.
+      dt (b·parts,h,l/parts) float32; s of the same shape, float32 rests and, for float32 data, int32 multiples of
+      `_unit`.
     """
-    batch, heads, length = a.shape
-    rows = batch * heads
-    block = 16
+    batch, length, heads = dt.shape
+    of_part = length // parts
     exact = dtype == jnp.float32
 
-    def kernel(a_ref, rest_ref, *whole_ref):
-        row = pl.program_id(0) * block + jnp.arange(block)
-        token = pl.program_id(1) * launch.chunk + jnp.arange(launch.chunk)
-        part = (pl.ds(pl.program_id(0) * block, block), pl.ds(pl.program_id(1) * launch.chunk, launch.chunk))
-        mask = (row < rows)[:, None] & (token < length)[None, :]
-        a = plgpu.load(a_ref.at[part], mask=mask, other=0) * (1 / math.log(2))
+    def kernel(dt_ref, A_ref, *refs):
+        resets_ref, dt_out_ref, rest_ref, *whole_ref = refs if resets is not None else (None, *refs)
+        tile = _StepTile(launch.chunk, of_part, heads)
+        row, part = pl.program_id(2) // parts, pl.program_id(2) % parts
+        dt = tile.load_by_token(dt_ref, row, part * of_part)
+        a = _decay_logs(tile, dt, A_ref, resets_ref, row, part * of_part) * (1 / math.log(2))
+        tile.store_by_head(dt_out_ref, dt, pl.program_id(2))
         if exact:
             unit = _unit(launch.chunk)
             wholes = (a * (1 / unit)).astype(jnp.int32)
             a -= wholes.astype(jnp.float32) * unit
-            plgpu.store(whole_ref[0].at[part], jnp.cumsum(wholes, axis=1), mask=mask)
-        plgpu.store(rest_ref.at[part], jnp.cumsum(a, axis=1), mask=mask)
+            tile.store_by_head(whole_ref[0], jnp.cumsum(wholes, axis=0), pl.program_id(2))
+        tile.store_by_head(rest_ref, jnp.cumsum(a, axis=0), pl.program_id(2))
 
-    out = [jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.float32, jnp.int32)[: 2 if exact else 1]]
-    results = launch.call(
-        kernel, "ssd_sums", grid=(pl.cdiv(rows, block), pl.cdiv(length, launch.chunk)), out_shape=out
-    )(a.reshape(rows, length))
-    return tuple(result.reshape(a.shape) for result in results)
+    by_head = (batch * parts, heads, of_part)
+    kinds = (jnp.float32, jnp.float32, jnp.int32)[: 3 if exact else 2]
+    dt, *s = launch.call(
+        kernel,
+        "ssd_prepare",
+        grid=(pl.cdiv(heads, _HEADS), pl.cdiv(of_part, launch.chunk), batch * parts),
+        out_shape=[jax.ShapeDtypeStruct(by_head, kind) for kind in kinds],
+    )(dt, A, *([] if resets is None else [resets]))
+    return dt, tuple(s)
 
 
-def forward(x, dt, s: Sums, B, C, D, state, launch: Launch) -> tuple[jax.Array, jax.Array]:
-    """x (b,l,h,p), dt (b,h,l) float32, B and C (b,l,g,n) of x.dtype, D (h,) float32 or None, state (b,h,p,n) float32
-    -> y (b,l,h,p) of x.dtype, state (b,h,p,n) float32."""
+def _decay_logs(tile: _StepTile, dt, A_ref, resets_ref, row, first=0):
+    """a (q, heads) of a tile's steps, which are those of `row` from token `first` of it on."""
+    a = jnp.maximum(dt * tile.load_of_head(A_ref)[None, :], NO_MEMORY)
+    if resets_ref is None:
+        return a
+    return jnp.where(tile.load_of_token(resets_ref, row, first)[:, None] != 0, NO_MEMORY, a)
+
+
+def forward(x, dt, s: Sums, B, C, D, state, launch: Launch, before: Before | None = None):
+    """The outputs, and the state after all tokens.
+
+    Args:
+      x: (b,l,h,p). dt: (b,h,l) float32. s: as `prepare` makes them. B, C: (b,l,g,n) of x.dtype. D: (h,) float32 or
+        None. state: (b,h,p,n) float32.
+      before: None, or where rows are cut into parts, b·parts of them above, what `last_states` leaves of all parts but
+        the last: the states that the others begin with are made of it. `state` has the b rows themselves.
+
+    Returns:
+      y of x's shape and dtype, state (b,h,p,n) float32.
+    """
     batch, length, heads, headdim = x.shape
     size = B.shape[3]
-    of_head = _OneHead.of(x, B, launch)
+    parts = batch // state.shape[0]
+    of_head = _OneHead.of(x, B, launch, parts=parts)
     operands, specs = _optional(D, of_head.scalar)
+    earlier, earlier_specs = ([], []) if before is None else (list(before), [of_head.gains, of_head.kept])
 
     def kernel(x_ref, dt_ref, *refs):
         s_refs, (B_ref, C_ref, state_ref, *refs) = refs[: len(s)], refs[len(s) :]
-        D_ref, y_ref, final_ref = refs if D is not None else (None, *refs)
+        D_ref, *refs = refs if D is not None else (None, *refs)
+        gains_ref, kept_ref, *refs = refs if before is not None else (None, None, *refs)
+        y_ref, final_ref = refs
         lower = _lower_triangle(launch.chunk)
+        part = pl.program_id(1) % parts
 
         def walk(index, state):
             rows = _Rows(index, launch, length)
@@ -135,19 +171,34 @@ def forward(x, dt, s: Sums, B, C, D, state, launch: Launch) -> tuple[jax.Array, 
             inflow = (wide * (dt * decay.to_end())[:, None]).astype(x.dtype)
             return decay.total() * state + _dot(inflow, B, (0, 0))
 
-        final_ref[...] = jax.lax.fori_loop(0, pl.cdiv(length, launch.chunk), walk, state_ref[...])
+        start = state_ref[...]
+        if before is not None:
+            start = jax.lax.fori_loop(0, part, lambda j, state: kept_ref[j] * state + gains_ref[j], start)
+        end = jax.lax.fori_loop(0, pl.cdiv(length, launch.chunk), walk, start)
+        if before is None:
+            final_ref[...] = end
+        else:
+            is_last = jnp.broadcast_to(part == parts - 1, end.shape)
+            plgpu.store(final_ref.at[pl.ds(0, end.shape[0]), pl.ds(0, size)], end, mask=is_last)
 
     return launch.call(
         kernel,
         "ssd_forward",
         grid=(heads * launch.split, batch),
-        in_specs=[of_head.tokens, *[of_head.steps] * (1 + len(s)), *[of_head.group] * 2, of_head.state, *specs],
+        in_specs=[
+            of_head.tokens,
+            *[of_head.steps] * (1 + len(s)),
+            *[of_head.group] * 2,
+            of_head.state,
+            *specs,
+            *earlier_specs,
+        ],
         out_specs=[of_head.tokens, of_head.state],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((batch, heads, headdim, size), jnp.float32),
+            jax.ShapeDtypeStruct((batch // parts, heads, headdim, size), jnp.float32),
         ],
-    )(x, dt, *s, B, C, state, *operands)
+    )(x, dt, *s, B, C, state, *operands, *earlier)
 
 
 def states(u, dt, s: Sums, V, state, launch: Launch) -> tuple[jax.Array, jax.Array]:
@@ -159,52 +210,76 @@ def states(u, dt, s: Sums, V, state, launch: Launch) -> tuple[jax.Array, jax.Arr
     Returns:
       (b,h,c,p,n) of u.dtype, (b,h,p,n) float32.
     """
-    return _walk_states(u, dt, s, V, state, launch, keep=True)
-
-
-def last_state(x, dt, s: Sums, B, launch: Launch) -> jax.Array:
-    """The state (b,h,p,n) float32 after all tokens, from none before them."""
-    [state] = _walk_states(x, dt, s, B, None, launch, keep=False)
-    return state
-
-
-def _walk_states(u, dt, s: Sums, V, state, launch: Launch, *, keep: bool) -> list[jax.Array]:
     batch, length, heads, headdim = u.shape
     size = V.shape[3]
     of_head = _OneHead.of(u, V, launch)
     chunks = pl.cdiv(length, launch.chunk)
     steps, steps_specs = _optional(dt, of_head.steps)
-    first, first_specs = _optional(state, of_head.state)
 
     def kernel(u_ref, *refs):
         s_refs, (V_ref, *refs) = refs[: len(s)], refs[len(s) :]
-        dt_ref, *refs = refs if dt is not None else (None, *refs)
-        state_ref, *refs = refs if state is not None else (None, *refs)
-        all_ref, final_ref = refs if keep else (None, *refs)
+        dt_ref, state_ref, all_ref, final_ref = refs if dt is not None else (None, *refs)
 
         def walk(step, state):
             index = step if dt_ref is not None else chunks - 1 - step
-            rows = _Rows(index, launch, length)
-            if all_ref is not None:
-                all_ref[index] = state.astype(all_ref.dtype)
-            u, V, decay = rows.load(u_ref), rows.load(V_ref), rows.decay(s_refs)
-            weight = decay.from_start() if dt_ref is None else rows.load(dt_ref) * decay.to_end()
-            inflow = (u.astype(jnp.float32) * weight[:, None]).astype(u.dtype)
-            return decay.total() * state + _dot(inflow, V, (0, 0))
+            all_ref[index] = state.astype(all_ref.dtype)
+            kept, gain = _through_chunk(_Rows(index, launch, length), u_ref, V_ref, dt_ref, s_refs)
+            return kept * state + gain
 
-        start = jnp.zeros(final_ref.shape, jnp.float32) if state_ref is None else state_ref[...]
-        final_ref[...] = jax.lax.fori_loop(0, chunks, walk, start)
+        final_ref[...] = jax.lax.fori_loop(0, chunks, walk, state_ref[...])
 
-    every = jax.ShapeDtypeStruct((batch, heads, chunks, headdim, size), u.dtype)
-    final = jax.ShapeDtypeStruct((batch, heads, headdim, size), jnp.float32)
     return launch.call(
         kernel,
         "ssd_states" if dt is not None else "ssd_states_backwards",
         grid=(heads * launch.split, batch),
-        in_specs=[of_head.tokens, *[of_head.steps] * len(s), of_head.group, *steps_specs, *first_specs],
-        out_specs=[of_head.states(chunks), of_head.state] if keep else [of_head.state],
-        out_shape=[every, final] if keep else [final],
-    )(u, *s, V, *steps, *first)
+        in_specs=[of_head.tokens, *[of_head.steps] * len(s), of_head.group, *steps_specs, of_head.state],
+        out_specs=[of_head.states(chunks), of_head.state],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, chunks, headdim, size), u.dtype),
+            jax.ShapeDtypeStruct((batch, heads, headdim, size), jnp.float32),
+        ],
+    )(u, *s, V, *steps, state)
+
+
+def last_states(x, dt, s: Sums, B, parts: int, launch: Launch) -> Before:
+    """Of rows that are cut into `parts`, as `prepare` does, what each part but a row's last leaves of the state: the
+    state after its tokens from none before them, (b,parts-1,h,p,n) float32, and the factor by which they shrink an
+    earlier one, (b,parts-1,h) float32. Other arguments as in `forward`."""
+    batch, length, heads, headdim = x.shape
+    rows, size = batch // parts, B.shape[3]
+    of_head = _OneHead.of(x, B, launch, skipping=parts)
+    chunks = pl.cdiv(length, launch.chunk)
+
+    def kernel(x_ref, dt_ref, *refs):
+        s_refs, (B_ref, state_ref, kept_ref) = refs[: len(s)], refs[len(s) :]
+
+        def walk(index, carry):
+            state, all_kept = carry
+            kept, gain = _through_chunk(_Rows(index, launch, length), x_ref, B_ref, dt_ref, s_refs)
+            return kept * state + gain, kept * all_kept
+
+        nothing = jnp.zeros(state_ref.shape, jnp.float32), jnp.ones((), jnp.float32)
+        state_ref[...], kept_ref[...] = jax.lax.fori_loop(0, chunks, walk, nothing)
+
+    return launch.call(
+        kernel,
+        "ssd_last_states",
+        grid=(heads * launch.split, rows * (parts - 1)),
+        in_specs=[of_head.tokens, *[of_head.steps] * (1 + len(s)), of_head.group],
+        out_specs=[of_head.gain, of_head.kept_of_part],
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, parts - 1, heads, headdim, size), jnp.float32),
+            jax.ShapeDtypeStruct((rows, parts - 1, heads), jnp.float32),
+        ],
+    )(x, dt, *s, B)
+
+
+def _through_chunk(rows: _Rows, u_ref, V_ref, dt_ref, s_refs) -> tuple[jax.Array, jax.Array]:
+    """The factor by which a chunk shrinks a state that comes to it, and what it adds: see `states`."""
+    u, V, decay = rows.load(u_ref), rows.load(V_ref), rows.decay(s_refs)
+    weight = decay.from_start() if dt_ref is None else rows.load(dt_ref) * decay.to_end()
+    inflow = (u.astype(jnp.float32) * weight[:, None]).astype(u.dtype)
+    return decay.total(), _dot(inflow, V, (0, 0))
 
 
 def backward_heads(x, dt, s: Sums, B, C, D, starts, dy, ends, launch: Launch) -> tuple[jax.Array, ...]:
@@ -212,17 +287,16 @@ def backward_heads(x, dt, s: Sums, B, C, D, starts, dy, ends, launch: Launch) ->
     that they end with, both (b,h,c,p,n) of x.dtype; dy (b,l,h,p) of x.dtype, the others as in `forward`.
 
     Returns:
-      dx (b,l,h,p) of x.dtype, and four (b,h,l) float32, which the caller adds up: ddt; the ds of each token without
-      what is felt at the chunk's end; what is felt there, by token, Σ_j dt_j k_j; dy·x; last (b,h,c,p) float32, what is
-      felt there of the state, exp(s_q) dS∘S added over n.
+      dx (b,l,h,p) of x.dtype. (ddt, ds) (b,h,l) float32, without what is felt at the chunk's end. What is felt there,
+      exp(s_q) <dS, S> + Σ_j dt_j k_j, (b,h,c) float32. Σ dy·x, (b,h,c) float32.
     """
-    batch, length, _, headdim = x.shape
+    batch, length = x.shape[:2]
     blocks = _HeadBlocks.of(x, B, launch)
     operands, specs = _optional(D, blocks.scalars)
 
     def kernel(x_ref, dt_ref, *refs):
         s_refs, (B_ref, C_ref, starts_ref, dy_ref, ends_ref, *refs) = refs[: len(s)], refs[len(s) :]
-        D_ref, dx_ref, ddt_ref, ds_ref, end_ref, skip_ref, end_state_ref = refs if D is not None else (None, *refs)
+        D_ref, dx_ref, ddt_ref, ds_ref, end_ref, skip_ref = refs if D is not None else (None, *refs)
         rows = _Rows(pl.program_id(1), launch, length)
         lower = _lower_triangle(launch.chunk)
 
@@ -247,27 +321,27 @@ def backward_heads(x, dt, s: Sums, B, C, D, starts, dy, ends, launch: Launch) ->
             carried = jnp.sum(wide_dy * _dot(C, start, (1, 1)), axis=1) * decay.from_start()
             rows.store(ddt_ref, ddt, row=head)
             rows.store(ds_ref, jnp.sum(pairs * dt[None, :], axis=1) + carried - dt * ddt, row=head)
-            rows.store(end_ref, dt * felt, row=head)
-            rows.store(skip_ref, jnp.sum(wide_dy * wide_x, axis=1), row=head)
             product = start.astype(jnp.float32) * end.astype(jnp.float32)
-            end_state_ref[head] = decay.total() * jnp.sum(product, axis=1)
+            end_ref[head] = decay.total() * jnp.sum(jnp.sum(product, axis=1)) + jnp.sum(dt * felt)
+            skip_ref[head] = jnp.sum(jnp.sum(wide_dy * wide_x, axis=1))
             return 0
 
         jax.lax.fori_loop(0, launch.heads, one_head, 0)
 
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    return launch.call(
+    dx, ddt, ds, at_end, skip = launch.call(
         kernel,
         "ssd_backward_heads",
         grid=(blocks.count, pl.cdiv(length, launch.chunk), batch),
         in_specs=[*blocks.operands(s), *specs],
-        out_specs=[blocks.tokens, *[blocks.steps] * 4, blocks.state_rows],
+        out_specs=[blocks.tokens, *[blocks.steps] * 2, *[blocks.of_chunk] * 2],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            *[float32(dt.shape)] * 4,
-            float32((*starts.shape[:3], headdim)),
+            *[float32(dt.shape)] * 2,
+            *[float32(starts.shape[:3])] * 2,
         ],
     )(x, dt, *s, B, C, starts, dy, ends, *operands)
+    return dx, (ddt, ds), at_end, skip
 
 
 def backward_groups(x, dt, s: Sums, B, C, starts, dy, ends, launch: Launch) -> tuple[jax.Array, jax.Array]:
@@ -310,29 +384,80 @@ def backward_groups(x, dt, s: Sums, B, C, starts, dy, ends, launch: Launch) -> t
     )(x, dt, *s, B, C, starts, dy, ends)
 
 
+def backward_steps(dt, A, resets, of_steps, at_end, launch: Launch) -> tuple[jax.Array, jax.Array]:
+    """The gradients of dt (b,l,h), and of A to be added up, (b,c,h), both float32.
+
+    dt, A and resets as in `prepare`, the others as `backward_heads` makes them.
+    """
+    batch, length, heads = dt.shape
+    chunks = at_end.shape[2]
+
+    def kernel(dt_ref, A_ref, *refs):
+        resets_ref, ddt_ref, ds_ref, end_ref, ddt_out_ref, dA_ref = refs if resets is not None else (None, *refs)
+        tile, row = _StepTile(launch.chunk, length, heads), pl.program_id(2)
+        dt, A = tile.load_by_token(dt_ref, row), tile.load_of_head(A_ref)[None, :]
+        # da_t: the sum of ds from t to the end of its chunk, and all that is felt there.
+        later = _lower_triangle(launch.chunk).astype(jnp.float32)
+        da = _dot(tile.load_by_head(ds_ref, row), later, (1, 0)) + tile.load_of_chunk(end_ref, row)[:, None]
+        # A step whose a is the least there is, or that comes after a reset, is no longer felt in it.
+        da = jnp.where(_decay_logs(tile, dt, A_ref, resets_ref, row) > NO_MEMORY, da.T, 0.0)
+        tile.store_by_token(ddt_out_ref, tile.load_by_head(ddt_ref, row).T + da * A, row)
+        tile.store_of_chunk(dA_ref, jnp.sum(da * dt, axis=0), row)
+
+    return launch.call(
+        kernel,
+        "ssd_backward_steps",
+        grid=(pl.cdiv(heads, _HEADS), chunks, batch),
+        out_shape=[
+            jax.ShapeDtypeStruct(dt.shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, chunks, heads), jnp.float32),
+        ],
+    )(dt, A, *([] if resets is None else [resets]), *of_steps, at_end)
+
+
 @dataclasses.dataclass(frozen=True)
 class _OneHead:
-    """Blocks of a program that serves one head of one row, or a part of its head dim. Grid: (heads · split, batch)."""
+    """Blocks of a program that serves one head of one row, or a part of its head dim. Grid: (heads · split, rows)."""
 
     tokens: pl.BlockSpec  # (l, part)
     steps: pl.BlockSpec  # (l,)
     group: pl.BlockSpec  # (l, n)
     state: pl.BlockSpec  # (part, n)
     scalar: pl.BlockSpec  # ()
+    gains: pl.BlockSpec  # (parts - 1, part, n), of all parts but the last of the row
+    kept: pl.BlockSpec  # (parts - 1,)
+    gain: pl.BlockSpec  # (part, n), of one of them
+    kept_of_part: pl.BlockSpec  # ()
     split: int
 
     @classmethod
-    def of(cls, x: jax.Array, B: jax.Array, launch: Launch) -> _OneHead:
+    def of(cls, x: jax.Array, B: jax.Array, launch: Launch, *, parts: int = 1, skipping: int = 1) -> _OneHead:
+        """With `parts`, rows of the grid are parts of rows of the states; with `skipping`, that many parts make a row
+        and the grid has none of the last ones."""
         _, length, heads, headdim = x.shape
         groups, size = B.shape[2:]
         split = launch.split
         programs, part = heads // groups * split, headdim // split
+        others = max(parts, skipping) - 1
+
+        def row(b):
+            return b if skipping == 1 else b // others * skipping + b % others
+
+        def place(b):
+            return b // others, b % others
+
         return cls(
-            tokens=pl.BlockSpec((None, length, None, part), lambda i, b: (b, 0, i // split, i % split)),
-            steps=pl.BlockSpec((None, None, length), lambda i, b: (b, i // split, 0)),
-            group=pl.BlockSpec((None, length, None, size), lambda i, b: (b, 0, i // programs, 0)),
-            state=pl.BlockSpec((None, None, part, size), lambda i, b: (b, i // split, i % split, 0)),
+            tokens=pl.BlockSpec((None, length, None, part), lambda i, b: (row(b), 0, i // split, i % split)),
+            steps=pl.BlockSpec((None, None, length), lambda i, b: (row(b), i // split, 0)),
+            group=pl.BlockSpec((None, length, None, size), lambda i, b: (row(b), 0, i // programs, 0)),
+            state=pl.BlockSpec((None, None, part, size), lambda i, b: (b // parts, i // split, i % split, 0)),
             scalar=pl.BlockSpec((None,), lambda i, b: (i // split,)),
+            gains=pl.BlockSpec(
+                (None, others, None, part, size), lambda i, b: (b // parts, 0, i // split, i % split, 0)
+            ),
+            kept=pl.BlockSpec((None, others, None), lambda i, b: (b // parts, 0, i // split)),
+            gain=pl.BlockSpec((None, None, None, part, size), lambda i, b: (*place(b), i // split, i % split, 0)),
+            kept_of_part=pl.BlockSpec((None, None, None), lambda i, b: (*place(b), i // split)),
             split=split,
         )
 
@@ -350,7 +475,7 @@ class _HeadBlocks:
     group: pl.BlockSpec  # (l, n)
     partial: pl.BlockSpec  # (l, n) of one block
     state: pl.BlockSpec  # (heads, p, n)
-    state_rows: pl.BlockSpec  # (heads, p)
+    of_chunk: pl.BlockSpec  # (heads,)
     scalars: pl.BlockSpec  # (heads,)
     count: int
     per_group: int
@@ -367,7 +492,7 @@ class _HeadBlocks:
             group=pl.BlockSpec((None, length, None, size), lambda k, c, b: (b, 0, k // each, 0)),
             partial=pl.BlockSpec((None, None, length, None, size), lambda k, c, b: (k % each, b, 0, k // each, 0)),
             state=pl.BlockSpec((None, some, None, headdim, size), lambda k, c, b: (b, k, c, 0, 0)),
-            state_rows=pl.BlockSpec((None, some, None, headdim), lambda k, c, b: (b, k, c, 0)),
+            of_chunk=pl.BlockSpec((None, some, None), lambda k, c, b: (b, k, c)),
             scalars=pl.BlockSpec((some,), lambda k, c, b: (k,)),
             count=groups * each,
             per_group=each,
@@ -381,6 +506,50 @@ class _HeadBlocks:
 
 def _optional(array: jax.Array | None, spec: pl.BlockSpec) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
     return ([], []) if array is None else ([array], [spec])
+
+
+class _StepTile:
+    """Steps of a chunk of tokens by some heads (q, heads): read with heads side by side, as the model has them, or with
+    tokens side by side, as the other kernels do. Grid: (blocks of heads, chunks, rows)."""
+
+    def __init__(self, chunk: int, length: int, heads: int):
+        first = pl.program_id(0) * _HEADS, pl.program_id(1) * chunk
+        self._heads, self._tokens = pl.ds(first[0], _HEADS), pl.ds(first[1], chunk)
+        self._head_inside = first[0] + jnp.arange(_HEADS) < heads
+        self._token_inside = first[1] + jnp.arange(chunk) < length
+        self._first, self._chunk = first[1], chunk
+
+    def _inside(self):
+        return self._token_inside[:, None] & self._head_inside[None, :]
+
+    def load_of_head(self, ref):
+        return plgpu.load(ref.at[self._heads], mask=self._head_inside, other=0)
+
+    def load_of_token(self, ref, row, first):
+        return plgpu.load(ref.at[row, pl.ds(first + self._first, self._chunk)], mask=self._token_inside, other=0)
+
+    def load_by_token(self, ref, row, first=0):
+        part = ref.at[row, pl.ds(first + self._first, self._chunk), self._heads]
+        return plgpu.load(part, mask=self._inside(), other=0)
+
+    def store_by_token(self, ref, value, row):
+        plgpu.store(ref.at[row, self._tokens, self._heads], value, mask=self._inside())
+
+    def load_by_head(self, ref, row):
+        """(heads, q)."""
+        return plgpu.load(ref.at[row, self._heads, self._tokens], mask=self._inside().T, other=0)
+
+    def store_by_head(self, ref, value, row):
+        """Of (q, heads)."""
+        plgpu.store(ref.at[row, self._heads, self._tokens], value.T, mask=self._inside().T)
+
+    def load_of_chunk(self, ref, row):
+        """(heads,), of (..., heads, chunks)."""
+        return plgpu.load(ref.at[row, self._heads, pl.program_id(1)], mask=self._head_inside, other=0)
+
+    def store_of_chunk(self, ref, value, row):
+        """Of (heads,), to (..., chunks, heads)."""
+        plgpu.store(ref.at[row, pl.program_id(1), self._heads], value, mask=self._head_inside)
 
 
 class _Rows:

@@ -1,0 +1,113 @@
+"""RMSNorm over the last axis."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from zamba2_jax.ops._checks import check_choice, check_floating, check_shape
+from zamba2_jax.ops._mesh import on_each_device
+from zamba2_jax.ops._platform import fused_gpu_obstacle
+from zamba2_jax.sharding import BATCH_AXES, automatic_axes, dividing, length_axis
+
+Implementation = Literal["xla", "pallas_gpu"]
+IMPLEMENTATIONS = ("xla", "pallas_gpu")
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "dtype", "hand_on", "implementation", "interpret"))
+def rms_norm(
+    x: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float,
+    dtype: jax.typing.DTypeLike | None = None,
+    hand_on: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """x / rms(x) · scale (arXiv 1910.07467), in float32 and rounded before the scale, as the checkpoints were trained.
+
+    Args:
+      x: (b, l, d), floating.
+      scale: (d,).
+      eps: added to the mean square.
+      dtype: of the result; None is x's.
+      hand_on: return x too, for where it goes on beside its norm, as a residual stream does: the gradient of whoever
+        reads it from here is then added to the norm's in the pass that makes that.
+      implementation: of the backward pass: "xla", two passes over the data, or "pallas_gpu", one kernel. None takes the
+        kernel on GPUs of compute capability 9.0 and newer where it can serve, else xla. The forward pass is XLA's, one
+        kernel, in either case.
+      interpret: for tests: run the kernel's body in plain JAX, on any device, slowly.
+
+    Returns:
+      (b, l, d) in dtype; with `hand_on`, a pair of that and x.
+
+    Raises:
+      ValueError: a shape, dtype or name that does not fit, naming the argument; or a kernel that cannot serve.
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {x.shape}; it must be (b, l, d)")
+    check_shape("scale", scale, x.shape[-1:], "(d,)")
+    for name, array in {"x": x, "scale": scale}.items():
+        check_floating(name, array)
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    of_tokens = PartitionSpec(dividing(BATCH_AXES, automatic_axes(), x.shape[0]), length_axis(x.shape[1]))
+    obstacle = _kernel_obstacle(x.shape[-1], of_tokens, interpret)
+    if implementation == "pallas_gpu" and obstacle is not None:
+        raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
+    if implementation == "xla" or obstacle is not None:
+        out = _forward(x, scale, eps, dtype)
+        return (out, x) if hand_on else out
+
+    def local(x, scale):
+        return _with_kernel(x, scale, eps, dtype, hand_on, interpret)
+
+    out_specs = (of_tokens, of_tokens) if hand_on else of_tokens
+    return on_each_device(local, (x, scale), (of_tokens, PartitionSpec()), out_specs)
+
+
+def _forward(x: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normalised.astype(dtype) * scale.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _with_kernel(x, scale, eps, dtype, hand_on, interpret):
+    out = _forward(x, scale, eps, dtype)
+    return (out, x) if hand_on else out
+
+
+def _with_kernel_forward(x, scale, eps, dtype, hand_on, interpret):
+    return _with_kernel(x, scale, eps, dtype, hand_on, interpret), (x, scale)
+
+
+def _with_kernel_backward(eps, dtype, hand_on, interpret, residuals, gradients):
+    # Imported here: Pallas is slow to import, and of use on a GPU only.
+    from zamba2_jax.ops import rms_norm_gpu
+
+    x, scale = residuals
+    tokens = x.shape[0] * x.shape[1]
+    dout, *passed = (array.reshape(tokens, -1) for array in (gradients if hand_on else [gradients]))
+    dx, dscale = rms_norm_gpu.backward(x.reshape(tokens, -1), scale, dout, *passed, eps=eps, interpret=interpret)
+    return dx.reshape(x.shape), dscale.sum(axis=0).astype(scale.dtype)
+
+
+_with_kernel.defvjp(_with_kernel_forward, _with_kernel_backward)
+
+
+def _kernel_obstacle(features: int, of_tokens: PartitionSpec, interpret: bool) -> str | None:
+    from zamba2_jax.ops.gated_norm_gpu import LARGEST_GROUP
+
+    if not interpret and (reason := fused_gpu_obstacle()) is not None:
+        return reason
+    if features > LARGEST_GROUP:
+        return f"x has {features} features; it takes up to {LARGEST_GROUP}"
+    used = {axis for axes in of_tokens if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
+    if idle := [axis for axis, size in automatic_axes().items() if size > 1 and axis not in used]:
+        # They would add up what each of them has whole.
+        return f"devices along {', '.join(idle)} hold the same tokens"
+    return None
