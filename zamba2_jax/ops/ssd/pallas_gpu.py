@@ -5,7 +5,9 @@ chosen by measurement on an H100, and the rule of differentiation.
 
 Of 4 x 4096 tokens, 64 heads of 64 and a state of 128 in bfloat16, the walk forward took 0.22 ms with chunks of 64 (0.35
 with 32, 0.44 with 128), where the memory's bandwidth would allow 0.10. Backward, chunks of 128 would make the states
-faster (0.13 ms, not 0.19), but the two kernels that read them slower (0.66, not 0.54; 0.85, not 0.34).
+faster (0.13 ms, not 0.19), but the two kernels that read them slower (0.66, not 0.54; 0.85, not 0.34). One kernel in
+place of these two, which would read the states once, was slower too: forward and backward 1.71 ms instead of 1.46, its
+sums of all heads having left no registers for the rest.
 
 Pallas has two ways to an NVIDIA GPU. Its Triton backend, used here, is deprecated since JAX 0.11 in favour of Mosaic
 GPU; that is one reason for the upper bound on jax in pyproject.toml. Mosaic GPU was not measured.
