@@ -210,6 +210,8 @@ class TestObstacles:
         assert decoding.recurrence_obstacle(layer.mamba, interpret=INTERPRET) is None
         single, _ = make("1.2B", dtype=jnp.float32)
         assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=INTERPRET)
+        half, _ = make("1.2B", dtype=jnp.float16)
+        assert "float16" in decoding.mamba_obstacle(half.model.layers[0], 1, interpret=INTERPRET)
 
     def test_arrays_on_several_devices(self):
         model, _ = make("1.2B")

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import subprocess
 import sys
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from zamba2_jax import LoraConfig, Zamba2Config, Zamba2ForCausalLM, add_lora, program_key, quantize
+from zamba2_jax import LoraConfig, Zamba2Config, Zamba2ForCausalLM, add_lora, program_key, quantize, sharding
 from zamba2_jax.generation import processors, programs
-from zamba2_jax.layers import projection
+from zamba2_jax.layers import activations, mamba2, projection
 from zamba2_jax.ops.decode import cached_attention
 from zamba2_jax.program_key import NoKeyError, digest
 
@@ -297,8 +298,11 @@ class TestRefusals:
             (projection, "apart", functools.wraps(projection.apart)(lambda *x: x)),
             (cached_attention, "BLOCK", 16),
             (Zamba2ForCausalLM, "__call__", lambda self: None),
+            (mamba2, "ssd", jax.jit(lambda *x: x)),
+            (mamba2, "ssd", functools.partial(lambda *x: x)),
+            (mamba2, "ssd", unittest.mock.MagicMock()),
         ],
-        ids=["imported", "wrapped", "constant", "method"],
+        ids=["imported", "wrapped", "constant", "method", "jitted", "partial", "mock"],
     )
     def test_a_package_changed_at_run_time(self, structure, module, name, value, monkeypatch):
         key(structure)
@@ -307,6 +311,17 @@ class TestRefusals:
             with pytest.raises(NoKeyError, match=f"{name} is not what its file says"):
                 key(structure)
         key(structure)
+
+    def test_a_table_changed_at_run_time(self, structure, monkeypatch):
+        """Another program where what was put in can be described, none where it cannot."""
+        before = key(structure)
+        monkeypatch.setitem(sharding.RULES, "mamba_heads", None)
+        assert key(structure) != before
+        monkeypatch.undo()
+        assert key(structure) == before
+        monkeypatch.setitem(activations.ACTIVATIONS, "gelu", lambda x: x)
+        with pytest.raises(NoKeyError, match="lambda"):
+            key(structure)
 
     def test_a_package_written_since(self, structure, monkeypatch):
         monkeypatch.setattr(program_key, "_IMPORTED_NS", 0)

@@ -15,6 +15,7 @@ import inspect
 import logging
 import os
 import pickle
+import stat
 import time
 import uuid
 import warnings
@@ -163,14 +164,20 @@ def _renamed(function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
 def _folder() -> Path:
     """
     Raises:
-        NoKeyError: JAX's cache is no directory of this machine, or is to hold nothing.
+        NoKeyError: JAX's cache is no directory of this machine, or is to hold nothing, or others may write to ours.
     """
     directory = jax.config.jax_compilation_cache_dir
     if "://" in directory:
         raise NoKeyError(f"{directory} is no local directory")
     if jax.config.jax_compilation_cache_max_size == 0:
         raise NoKeyError("jax_compilation_cache_max_size is 0")
-    return Path(directory) / FOLDER
+    folder = Path(directory) / FOLDER
+    if hasattr(os, "getuid") and folder.exists():
+        state = folder.stat()
+        if state.st_uid != os.getuid() or state.st_mode & stat.S_IWOTH:
+            # To load a program is to run it.
+            raise NoKeyError(f"{folder} is another user's, or anyone may write to it")
+    return folder
 
 
 def _packed(program: jax.stages.Compiled, key: str) -> bytes:

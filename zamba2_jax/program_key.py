@@ -191,6 +191,7 @@ def program_key(
             "variables": _variables(),
             "versions": _versions(),
             "sources": _sources_digest(),
+            "tables": _tables(),
         }
     )
 
@@ -391,19 +392,52 @@ def _replaced() -> str | None:
     return None
 
 
-# What the package imports functions from, besides the standard library.
-_IMPORTED_FROM = {*_DESCRIBED_BY_NAME, *sys.stdlib_module_names} | {
+# What the package imports functions from, besides the standard library, of which one part makes stand-ins.
+_IMPORTED_FROM = {*_DESCRIBED_BY_NAME, *sys.stdlib_module_names} - {"unittest"} | {
     *("huggingface_hub", "jaxtyping", "jinja2", "lm_eval", "optax", "orbax", "safetensors", "tensorstore"),
     *("tokenizers", "torch", "tqdm", "transformers"),
 }
 
 
 def _is_foreign(value: Any) -> bool:
-    function = getattr(value, "__func__", getattr(value, "fget", value))
-    if not isinstance(function, types.FunctionType):
-        return False
-    home = function.__globals__.get("__name__") or ""
-    return home.partition(".")[0] not in _IMPORTED_FROM and not home.startswith("namedtuple_")
+    """Whether it is a callable, or wraps one, that neither the package nor what it imports from has made."""
+    for _ in range(_MOST_WRAPPINGS):
+        value = getattr(value, "__func__", getattr(value, "fget", value))
+        if isinstance(value, types.FunctionType):
+            home = value.__globals__.get("__name__") or ""
+            if home.partition(".")[0] not in _IMPORTED_FROM and not home.startswith("namedtuple_"):
+                return True
+        elif callable(value) and type(value).__module__.partition(".")[0] not in _IMPORTED_FROM:
+            return not isinstance(value, type)
+        inner = getattr(value, "__wrapped__", None)
+        if inner is None and isinstance(value, _WRAPPERS):
+            inner = value.func
+        if inner is None:
+            return False
+        value = inner
+    return True
+
+
+_MOST_WRAPPINGS = 8
+_WRAPPERS = (functools.partial, functools.partialmethod, functools.cached_property)
+
+
+def _tables() -> list[Any]:
+    """Tables of the package that a trace reads and that a program may change, as they are now."""
+    from zamba2_jax import layer_stack, sharding
+    from zamba2_jax.layers import activations, decoding
+    from zamba2_jax.ops.decode import products_gpu
+    from zamba2_jax.ops.ssd import api
+
+    return [
+        sharding.RULES,
+        activations.ACTIVATIONS,
+        activations._SHORTER,
+        products_gpu.ACTIVATIONS,
+        api.FUSED,
+        layer_stack.CHECKPOINT_POLICIES,
+        [decoding.TILING, decoding.WIDE, decoding.DEEP],
+    ]
 
 
 _CONSTANT = re.compile(r"^([A-Z_][A-Z0-9_]*)(?:: [^=\n]+)? = ([^#\n]+)", re.MULTILINE)

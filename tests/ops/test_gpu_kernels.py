@@ -170,6 +170,13 @@ class TestMixerConvs:
         cotangents = tuple(normal(random, batch, *shape) for shape in shapes)
         assert_same(function, arguments, static={}, cotangents=cotangents)
 
+    def test_windows_are_of_their_inputs_dtypes(self):
+        arguments = self.arguments(np.random.default_rng(0), 1, 5, windows=False)
+        arguments["bc"] = arguments["bc"].astype(jnp.bfloat16)
+        for options in (FUSED, {"implementation": "xla"}):
+            x, bc = mixer_convs(**arguments, activation="silu", **options).windows
+            assert (x.dtype, bc.dtype) == (jnp.float32, jnp.bfloat16)
+
     def test_without_windows_and_gate(self):
         random = np.random.default_rng(0)
         arguments = self.arguments(random, 2, 9, windows=False)
@@ -288,7 +295,7 @@ class TestRMSNorm:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"x": jnp.zeros((3, 16))}, r"x has shape \(3, 16\); it must be \(b, l, d\)"),
+            ({"x": jnp.zeros((3, 16))}, r"cannot serve: x has shape \(3, 16\); it takes \(b, l, d\)"),
             ({"scale": jnp.zeros((15,))}, r"scale has shape \(15,\); it must be \(d,\) = \(16,\)"),
             ({"x": jnp.zeros((1, 3, 16), int)}, "x has dtype int32"),
             ({"x": jnp.zeros((1, 1, 2**15)), "scale": jnp.zeros((2**15,))}, "cannot serve: x has 32768 features"),

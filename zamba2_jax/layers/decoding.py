@@ -41,6 +41,8 @@ def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str
     mixer = layer.mamba
     if mixer.lora is not None:
         return "the mixer has a LoRA"
+    if mixer.dtype == jnp.float16:
+        return "the compute dtype is float16, which what goes to the output projection before its norm may exceed"
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
     return _products_obstacle(weights, rows, interpret) or recurrence_obstacle(mixer, interpret)
 

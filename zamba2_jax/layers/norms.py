@@ -33,10 +33,9 @@ class GatedRMSNorm(nnx.Module):
     Groups, so that the norm needs no communication when heads are spread over devices.
     """
 
-    eps = 1e-5  # the reference's constant; rms_norm_eps does not govern this norm
-
     def __init__(self, features: int, *, groups: int, dtype: DTypeLike, param_dtype: DTypeLike):
         self.groups = groups
+        self.eps = 1e-5  # the reference's constant; rms_norm_eps does not govern this norm
         self.dtype = dtype
         self.scale = param(jnp.ones((features,), param_dtype), ("mamba_inner",))
 

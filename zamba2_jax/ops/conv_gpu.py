@@ -329,8 +329,9 @@ def _forward(sources, kernels, biases, windows, start, segment, options: Options
         for index, stream in enumerate(options.streams)
     }
     if options.keep_windows:
+        source_of = {stream.kernel: stream.source for stream in options.streams}
         outputs |= {
-            f"last{index}": call.output(width - 1, kernel.shape[1], of=sources[0])
+            f"last{index}": call.output(width - 1, kernel.shape[1], of=sources[source_of[index]])
             for index, kernel in enumerate(kernels)
         }
     results = call.run("causal_conv", body, outputs)

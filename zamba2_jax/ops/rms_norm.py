@@ -30,7 +30,7 @@ def rms_norm(
     """x / rms(x) · scale (arXiv 1910.07467), in float32 and rounded before the scale, as the checkpoints were trained.
 
     Args:
-      x: (b, l, d), floating.
+      x: (..., d), floating; (b, l, d) for the kernel.
       scale: (d,).
       eps: added to the mean square.
       dtype: of the result; None is x's.
@@ -42,20 +42,22 @@ def rms_norm(
       interpret: for tests: run the kernel's body in plain JAX, on any device, slowly.
 
     Returns:
-      (b, l, d) in dtype; with `hand_on`, a pair of that and x.
+      x's shape in dtype; with `hand_on`, a pair of that and x.
 
     Raises:
       ValueError: a shape, dtype or name that does not fit, naming the argument; or a kernel that cannot serve.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {x.shape}; it must be (b, l, d)")
+    if x.ndim == 0:
+        raise ValueError("x has shape (); it must be (..., d)")
     check_shape("scale", scale, x.shape[-1:], "(d,)")
     for name, array in {"x": x, "scale": scale}.items():
         check_floating(name, array)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    of_tokens = PartitionSpec(dividing(BATCH_AXES, automatic_axes(), x.shape[0]), length_axis(x.shape[1]))
-    obstacle = _kernel_obstacle(x.shape[-1], of_tokens, interpret)
+    of_tokens, obstacle = PartitionSpec(), f"x has shape {x.shape}; it takes (b, l, d)"
+    if x.ndim == 3:
+        of_tokens = PartitionSpec(dividing(BATCH_AXES, automatic_axes(), x.shape[0]), length_axis(x.shape[1]))
+        obstacle = _kernel_obstacle(x.shape[-1], of_tokens, interpret)
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     if implementation == "xla" or obstacle is not None:
@@ -86,7 +88,6 @@ def _with_kernel_forward(x, scale, eps, dtype, hand_on, interpret):
 
 
 def _with_kernel_backward(eps, dtype, hand_on, interpret, residuals, gradients):
-    # Imported here: Pallas is slow to import, and of use on a GPU only.
     from zamba2_jax.ops import rms_norm_gpu
 
     x, scale = residuals

@@ -339,8 +339,7 @@ def gated_activation(
             added = product(low_in, up_in, offset + first, tiling)
             return (base + added.astype(dtype)).astype(jnp.float32)
 
-        gate = ACTIVATIONS[activation](finished(0)).astype(dtype).astype(jnp.float32)
-        store_rows(output, first, gate * finished(half))
+        store_rows(output, first, ACTIVATIONS[activation](finished(0)) * finished(half))
 
     outputs = [jax.ShapeDtypeStruct((rows, half), dtype)]
     grid = (pl.cdiv(half, tiling.columns),)
@@ -357,9 +356,16 @@ def _erf(x):
     return jnp.where(x < 0, -value, value)
 
 
-ACTIVATIONS = {
-    "gelu": lambda x: 0.5 * x * (1.0 + _erf(x * 0.7071067811865476)),
-    "silu": lambda x: x * jax.nn.sigmoid(x),
-    "swish": lambda x: x * jax.nn.sigmoid(x),
-    "relu": lambda x: jnp.maximum(x, 0.0),
-}
+def _gelu(x):
+    return 0.5 * x * (1.0 + _erf(x * 0.7071067811865476))
+
+
+def _silu(x):
+    return x * jax.nn.sigmoid(x)
+
+
+def _relu(x):
+    return jnp.maximum(x, 0.0)
+
+
+ACTIVATIONS = {"gelu": _gelu, "silu": _silu, "swish": _silu, "relu": _relu}
