@@ -152,6 +152,14 @@ class TestSettings:
         assert make_program()._find((SEED, STEP), {"shape": (2, 3)}, (), None, []) is None
         assert refusals() == ["gumbel_noise is left to jit: gs://bucket/programs is no local directory"]
 
+    def test_a_folder_that_anyone_may_write_to(self, folder, refusals, loads):
+        """To load a program is to run what is in its file."""
+        check(make_program())
+        folder.chmod(0o777)
+        check(make_program())
+        assert loads() == 0
+        assert refusals() == [f"gumbel_noise is left to jit: {folder} is another user's, or anyone may write to it"]
+
     def test_what_compiles_quickly_is_not_kept(self, folder):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1000)
         check(make_program())

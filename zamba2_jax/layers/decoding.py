@@ -1,9 +1,9 @@
 """One decoding step of whole layers in few launches, for a GPU. The plain form is the layer itself.
 
 With few rows a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
-than the pass: here a mamba layer is four launches (five after a shared block) and a use of a shared block twelve. More
-rows, and weights that are not plain arrays of the compute dtype, leave the products to XLA; what lies between a mixer's
-projections and its norm is two launches then.
+than the pass: here a mamba layer is four launches (five after a shared block) and a use of a shared block twelve, and
+one to join attention's parts. More rows, and weights that are not plain arrays of the compute dtype, leave the products
+to XLA; what lies between a mixer's projections and its norm is two launches then.
 """
 
 from __future__ import annotations
