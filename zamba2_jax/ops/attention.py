@@ -376,7 +376,7 @@ def _splash_on_mesh(query, key, value, scale, segment_ids) -> jax.Array:
 
 def _splash_kernel(length: int, heads: int, parts: int):
     """The kernel for rows of `length` tokens, of whose queries each of `parts` devices has its share."""
-    # Imported here: the kernel's module is of use on a TPU only, and Pallas is slow to import.
+    # Imported here: the kernel's module is of use on a TPU only.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,

@@ -254,7 +254,7 @@ def _fused(
     Sources, kernels and the rest have the axes of channels that they have outside. `streams` makes the streams, of the
     module `conv_gpu` and the channels of each kernel on one device.
     """
-    # Imported here: Pallas is slow to import, and of use on a GPU only.
+    # Imported here: of use on a GPU only.
     from zamba2_jax.ops import conv_gpu
 
     batch, length = sources[0].shape[:2]

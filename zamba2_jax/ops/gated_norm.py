@@ -69,7 +69,7 @@ def gated_rms_norm(
     if implementation == "xla" or obstacle is not None:
         return _xla(y, gate.z if isinstance(gate, Gate) else gate, scale, groups, eps)
 
-    # Imported here: Pallas is slow to import, and of use on a GPU only.
+    # Imported here: of use on a GPU only.
     from zamba2_jax.ops import gated_norm_gpu
 
     rows = dividing(BATCH_AXES, automatic_axes(), batch)

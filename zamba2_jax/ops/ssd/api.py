@@ -237,7 +237,7 @@ def time_step(
 
 
 def _module(name: str) -> ModuleType:
-    # Imported when called for: Pallas is slow to import.
+    # Imported when called for: each is of use on one kind of device only.
     return importlib.import_module(f"zamba2_jax.ops.ssd.{name}")
 
 
