@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from zamba2_jax import layer_pattern
 from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layer_pattern import Stage
-from zamba2_jax.layers import decoding
+from zamba2_jax.layers import decoding, whole_layer
 from zamba2_jax.layers.linear import Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.projection import PROJECTION
@@ -123,6 +123,8 @@ class LayerStack:
         """What the last layer makes of `hidden`, before the final norm, and the trail."""
         if execution.scan:
             return self._scan(hidden, past, execution.checkpoint)
+        if self._has_whole_steps(past):
+            return self._whole_steps(hidden, past)
         if self._has_fused_steps(hidden, past):
             return self._steps(hidden, past)
         remember = _checkpoint(execution.checkpoint)
@@ -138,6 +140,41 @@ class LayerStack:
             hidden, left = self._apply_layer(remember, layer, hidden, *of_layer, output)
             trail.add_layer(left)
         return hidden, trail
+
+    def _has_whole_steps(self, past: Past) -> bool:
+        if not self.layout.is_step or any(state is None for state in past.mamba):
+            return False
+        pairs = zip(self.layers, past.mamba, strict=True)
+        return all(whole_layer.obstacle(layer, self.layout, state) is None for layer, state in pairs)
+
+    def _whole_steps(self, hidden: Float[Array, "1 1 d"], past: Past) -> tuple[Float[Array, "1 1 d"], Trail]:
+        """`run` for one token of one sequence on a Hopper GPU: each layer is one launch, which the next one sums up."""
+        trail, stream = Trail(), whole_layer.begin(self.layers[0], hidden)
+        for index, (layer, state) in enumerate(zip(self.layers, past.mamba, strict=True)):
+            output = None
+            if index in self._use_of_layer:
+                hidden, output, left = self._use_between(layer, stream, hidden if index == 0 else None, past, index)
+                trail.add_use(left)
+                stream = whole_layer.begin(layer, hidden, stream)
+            before = whole_layer.summed(layer, stream) if self.keep_inputs else None
+            stream, state = whole_layer.step(layer, stream, output, state)
+            trail.add_layer((before, state))
+        return whole_layer.summed(self.layers[-1], stream), trail
+
+    def _use_between(self, layer, stream, hidden, past: Past, index: int):
+        """The shared block before `layer`, from what the one before left: the stream, the output, what it leaves."""
+        j = self._use_of_layer[index]
+        block, use, key_value = self._block_of(j), self.uses[j], past.attention[j]
+        fused = self.context.is_decoding and decoding.shared_block_obstacle(block, use, 1) is None
+        if hidden is None and fused:
+            hidden, normed = whole_layer.summed_and_normed(layer, stream, block.input_layernorm, self.embedded)
+            args = (block, hidden, self.embedded, use, self.context, key_value)
+            output, key_value = decoding.shared_block_step(*args, normed=normed)
+            return hidden, output, (key_value, None)
+        if hidden is None:
+            hidden = whole_layer.summed(layer, stream)
+        use_past = (key_value, past.dropout_keys[j])
+        return hidden, *self._apply_use(_checkpoint("none"), block, use, hidden, *use_past)
 
     def _has_fused_steps(self, hidden: Float[Array, "b l d"], past: Past) -> bool:
         if not self.layout.is_step or any(state is None for state in past.mamba):

@@ -132,6 +132,16 @@ class TestRows:
         np.testing.assert_allclose(result, pieces.sum(0), **CLOSE)
         np.testing.assert_allclose(normed, normalised(pieces.sum(0), 1e-3) * scale, **CLOSE)
 
+    @pytest.mark.parametrize(("width", "more"), [(64, 64), (48, 700)])
+    def test_norm_of_the_sum_and_what_is_beside_it(self, width, more):
+        pieces, beside, scale = draw(0, 4, 2, width), draw(1, 2, more), draw(2, width + more)
+        result, normed = rows_gpu.join(
+            pieces, scale=scale, beside=beside, eps=1e-3, dtype=jnp.float32, interpret=INTERPRET
+        )
+        np.testing.assert_allclose(result, pieces.sum(0), **CLOSE)
+        both = jnp.concatenate([pieces.sum(0), beside], axis=1)
+        np.testing.assert_allclose(normed, normalised(both, 1e-3) * scale, **CLOSE)
+
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("bias", "limit", "masked"), [(True, None, False), (False, (0.3, 0.9), True)])

@@ -204,9 +204,14 @@ def shared_block_step(
     use: SharedBlockUse,
     context: AttentionContext,
     past: KeyValue,
+    normed: Float[Array, "b 2*d"] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b 1 d"], KeyValue]:
-    """`block` for one token of rows that continue from a cache."""
+    """`block` for one token of rows that continue from a cache.
+
+    Args:
+        normed: the block's norm of `hidden` beside `embedded`, where the layer before has made it.
+    """
     attention, mlp = block.self_attn, block.feed_forward
     rows, width = hidden.shape[0], hidden.shape[2]
     weights = [projection.kernel[...] for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
@@ -215,9 +220,10 @@ def shared_block_step(
         adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
         weights += [adapter.down.kernel[...] for adapter in adapters]
         up = tuple(adapter.up.kernel[...] for adapter in adapters)
-    norm = block.input_layernorm
-    x = rows_gpu.rms_norm([[hidden[:, 0]], [embedded[:, 0]]], norm.scale[...], eps=norm.eps, interpret=interpret)
-    projected = products_gpu.skinny_matmul(x, weights, tiling=WIDE, interpret=interpret)
+    if normed is None:
+        norm, parts = block.input_layernorm, [[hidden[:, 0]], [embedded[:, 0]]]
+        normed = rows_gpu.rms_norm(parts, norm.scale[...], eps=norm.eps, interpret=interpret)
+    projected = products_gpu.skinny_matmul(normed, weights, tiling=WIDE, interpret=interpret)
     query, key, value = attention_gpu.rotate_and_store(
         projected[:3],
         None if up is None else projected[3:],

@@ -66,6 +66,7 @@ def join(
     squares: jax.Array | None = None,
     residual: jax.Array | None = None,
     scale: jax.Array | None = None,
+    beside: jax.Array | None = None,
     *,
     groups: int = 1,
     width: int | None = None,
@@ -82,15 +83,17 @@ def join(
         by groups of what was multiplied is completed with `gate_eps`. `splits` is a multiple of `groups`. None for no
         such norm.
       residual: (b, N) or None.
-      scale, eps: of an RMSNorm (N,) of the result; None for none.
+      scale, eps: of an RMSNorm (N + M,) of the result with what is beside it; None for none.
+      beside: (b, M), what follows the result in the rows that are normed; None for nothing.
 
     Returns:
       The sum (b, N) in `dtype`, to which it is rounded before anything is done with it, as the plain form does; and its
-      norm, or None.
+      norm (b, N + M), or None.
     """
     splits, rows, outputs = pieces.shape
     columns = _Columns.of(outputs, None if scale is not None else _COLUMNS)
-    named = {"pieces": pieces, "squares": squares, "residual": residual, "scale": scale}
+    more = 0 if beside is None else beside.shape[1]
+    named = {"pieces": pieces, "squares": squares, "residual": residual, "scale": scale, "beside": beside}
     named = {name: array for name, array in named.items() if array is not None}
 
     def kernel(*refs):
@@ -112,12 +115,20 @@ def join(
         columns.store(results[0], total, row, first=first)
         if of_scale is not None:
             wide = total.astype(jnp.float32)
-            mean = columns.keep(wide * wide).sum(axis=0) / outputs
-            columns.store(results[1], wide * jax.lax.rsqrt(mean + eps) * of_scale.astype(jnp.float32), row)
+            sum_of_squares = columns.keep(wide * wide).sum(axis=0)
+            if "beside" in given:
+                others = _Columns.of(more)
+                of_beside = others.load(given["beside"], row).astype(jnp.float32)
+                sum_of_squares += others.keep(of_beside * of_beside).sum(axis=0)
+            factor = jax.lax.rsqrt(sum_of_squares / (outputs + more) + eps)
+            columns.store(results[1], wide * factor * of_scale.astype(jnp.float32), row)
+            if "beside" in given:
+                scale_beside = others.load(given["scale"], first=outputs).astype(jnp.float32)
+                others.store(results[1], of_beside * factor * scale_beside, row, first=outputs)
 
     grid = (rows, pl.cdiv(outputs, columns.size))
     output = jax.ShapeDtypeStruct((rows, outputs), dtype)
-    results = [output] if scale is None else [output, output]
+    results = [output] if scale is None else [output, jax.ShapeDtypeStruct((rows, outputs + more), dtype)]
     warps = 4 if scale is None else 8
     total, *normed = launch(kernel, "join", grid, list(named.values()), results, warps=warps, interpret=interpret)
     return total, normed[0] if normed else None

@@ -1,0 +1,139 @@
+"""One decoding step of whole mamba layers in one launch each, for one sequence on a Hopper GPU.
+
+A layer leaves its sum to the next one, so what passes between them is an `Unsummed`; `summed` makes a stream of it
+where something else reads it. The plain form is the layer itself; `decoding` has the one for more rows and other GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from zamba2_jax.cache import MambaState
+from zamba2_jax.layers import decoding
+from zamba2_jax.ops._platform import compute_capability
+from zamba2_jax.ops.decode import rows_gpu
+from zamba2_jax.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from zamba2_jax.layers.mamba2 import MambaLayer
+    from zamba2_jax.layers.norms import RMSNorm
+    from zamba2_jax.ops.decode.layer_gpu import Unsummed
+
+# The first JAX with the interface that the kernel is written for.
+OLDEST_JAX = (0, 11, 0)
+
+
+def obstacle(layer: MambaLayer, layout: TokenLayout, state: MambaState) -> str | None:
+    """Why `step` cannot serve, or None where it can."""
+    rows = state.ssm.shape[0]
+    if rows != 1:
+        return f"there are {rows} rows; it takes one"
+    if (reason := decoding.mamba_obstacle(layer, rows)) is not None:
+        return reason
+    if layout.token_mask is not None:
+        return "tokens may be masked"
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"this is JAX {jax.__version__}; it takes {'.'.join(map(str, OLDEST_JAX))} or newer"
+    if int(compute_capability()) != 9:
+        return f"its matrix instructions are Hopper's, and this GPU has compute capability {compute_capability()}"
+    return _layer_obstacle(layer, state)
+
+
+def _layer_obstacle(layer: MambaLayer, state: MambaState) -> str | None:
+    from zamba2_jax.ops.decode import layer_gpu  # takes a fifth of a second to import
+
+    mixer, config = layer.mamba, layer.mamba.config
+    if mixer.conv_x.bias is None or mixer.conv_bc.bias is None:
+        return "the convolution has no bias"
+    if state.conv_x.shape[1] != layer_gpu.TAPS:
+        return f"the convolution reaches {state.conv_x.shape[1] + 1} tokens; it takes {layer_gpu.TAPS + 1}"
+    dtypes = (state.conv_x.dtype, state.conv_bc.dtype, state.ssm.dtype)
+    if dtypes != (mixer.dtype, mixer.dtype, jnp.float32):
+        kept = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        return f"the cache holds {kept}; it takes windows of the compute dtype and a state of float32"
+    sizes = (config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state, config.mamba_ngroups)
+    if (reason := layer_gpu.shape_obstacle(config.hidden_size, *sizes)) is not None:
+        return reason
+    present, wanted = jax.devices()[0].core_count, layer_gpu.PROGRAMS
+    if present < wanted:
+        return f"it takes {wanted} multiprocessors at once, and this GPU has {present}"
+    return None
+
+
+def begin(layer: MambaLayer, hidden: Float[Array, "1 1 d"], before: Unsummed | None = None) -> Unsummed:
+    """`hidden` as what `layer` takes; `before` is what the layer before it, if any, left."""
+    from zamba2_jax.ops.decode.layer_gpu import Unsummed
+
+    stream = Unsummed.of(hidden.reshape(-1), layer.mamba.config.mamba_intermediate_size)
+    return stream if before is None else dataclasses.replace(stream, waits=before.waits)
+
+
+def step(
+    layer: MambaLayer, stream: Unsummed, transformer_output: Float[Array, "1 1 d"] | None, state: MambaState
+) -> tuple[Unsummed, MambaState]:
+    """`layer` for one token."""
+    from zamba2_jax.ops.decode import layer_gpu
+
+    mixer, norm = layer.mamba, layer.input_layernorm
+    config = mixer.config
+    width, inner = config.hidden_size, config.mamba_intermediate_size
+    both = state.conv_bc.shape[2] * state.conv_bc.shape[3]
+    weights = {
+        "norm": norm.scale[...],
+        "zx": mixer.zx_proj.kernel[...].reshape(width, -1),
+        "bc": mixer.bc_proj.kernel[...].reshape(width, -1),
+        "dt": mixer.dt_proj.kernel[...],
+        "kernel_x": mixer.conv_x.kernel[...].reshape(-1, inner),
+        "bias_x": mixer.conv_x.bias[...].reshape(inner),
+        "kernel_bc": mixer.conv_bc.kernel[...].reshape(-1, both),
+        "bias_bc": mixer.conv_bc.bias[...].reshape(both),
+        "dt_bias": mixer.dt_bias[...],
+        "A_log": mixer.A_log[...],
+        "D": mixer.D[...],
+        "gate_norm": mixer.norm.scale[...],
+        "out": mixer.out_proj.kernel[...],
+    }
+    added = jnp.zeros_like(stream.hidden) if transformer_output is None else transformer_output.reshape(-1)
+    stream, window_x, window_bc, ssm = layer_gpu.mamba_layer(
+        stream,
+        added,
+        weights,
+        state.conv_x[0],
+        state.conv_bc.reshape(-1, both),
+        state.ssm[0],
+        eps=norm.eps,
+        gate_eps=mixer.norm.eps,
+        limit=config.time_step_limit,
+    )
+    return stream, MambaState(window_x[None], window_bc.reshape(state.conv_bc.shape), ssm[None])
+
+
+def summed(layer: MambaLayer, stream: Unsummed) -> Float[Array, "1 1 d"]:
+    """The stream after `layer`, which has left `stream`."""
+    return _join(layer, stream)[0][None]
+
+
+def summed_and_normed(
+    layer: MambaLayer, stream: Unsummed, norm: RMSNorm, beside: Float[Array, "1 1 m"]
+) -> tuple[Float[Array, "1 1 d"], Float[Array, "1 d+m"]]:
+    """`summed`, and `norm` of it with `beside` at its end."""
+    total, normed = _join(layer, stream, scale=norm.scale[...], eps=norm.eps, beside=beside[0])
+    return total[None], normed
+
+
+def _join(layer: MambaLayer, stream: Unsummed, **finish: Any) -> tuple[Float[Array, "1 d"], Float[Array, "1 n"] | None]:
+    mixer = layer.mamba
+    return rows_gpu.join(
+        stream.pieces[:, None],
+        stream.squares.reshape(1, 1, 1),
+        stream.hidden[None],
+        width=mixer.config.mamba_intermediate_size,
+        gate_eps=mixer.norm.eps,
+        dtype=stream.hidden.dtype,
+        **finish,
+    )

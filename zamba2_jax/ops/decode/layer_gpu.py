@@ -1,0 +1,455 @@
+"""Kernel for Hopper GPUs: one token of one sequence through a whole mamba layer, in one launch.
+
+Four launches a layer (`products_gpu`, `state_gpu`, `rows_gpu`) leave the memory idle between one weight and the next.
+Here one program per multiprocessor stays for the whole layer, and the programs wait for one another twice in it: for
+what was projected, and for what goes to the output projection. Meanwhile the output projection's weight is on its way
+into shared memory.
+
+What is asked for when decides the speed. A multiprocessor's requests are served in their order: a load that is issued
+behind eleven tiles of 16 KB was measured to take 11,000 cycles, not 320. So the few small loads that a phase begins
+with are issued before the tiles that may come behind them, and nothing is asked for early on the eve of a wait.
+
+Pallas' Mosaic GPU backend: shared memory that lives on across a wait, and copies that no thread waits for, are what
+Triton's has not. Its interface is JAX 0.11's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+# Of a weight, one copy: features, columns. The matrix units take 64 columns of a weight, turned, against 8 rows.
+DEPTH, COLUMNS = 128, 64
+# Tiles that a multiprocessor's shared memory holds beside the rest.
+SLOTS = 8
+# How many tiles of the output projection are asked for by the end of the first wait, and by that of the state's phase:
+# as many as arrive meanwhile.
+DURING_WAIT, DURING_STATE = 3, 6
+WIDTH, HEADS, HEADDIM, STATE = 2048, 64, 64, 128
+TAPS = 3
+_TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unsummed:
+    """The stream after a layer, whose sum the next one makes.
+
+    Attributes:
+        hidden: (d,), the stream before the layer.
+        pieces: (p, d) float32, the output projection's pieces along its depth.
+        squares: (1,) float32, the sum of squares that completes the gated norm.
+        waits: (2,) int32 zeros, for the next layer's programs to count themselves with.
+    """
+
+    hidden: jax.Array
+    pieces: jax.Array
+    squares: jax.Array
+    waits: jax.Array
+
+    @classmethod
+    def of(cls, hidden: jax.Array, inner: int) -> Unsummed:
+        """A stream that nothing is to be added to."""
+        pieces = jnp.zeros((_pieces(hidden.shape[0], inner), hidden.shape[0]), jnp.float32)
+        return cls(hidden, pieces, jnp.zeros((1,), jnp.float32), jnp.zeros((2,), jnp.int32))
+
+
+def _pieces(width: int, inner: int) -> int:
+    return 2 * inner // width
+
+
+# How many multiprocessors a layer takes: each serves 64 columns of z, x, B or C.
+PROGRAMS = (2 * HEADS * HEADDIM + 2 * STATE) // COLUMNS
+
+
+def shape_obstacle(width: int, heads: int, headdim: int, state: int, groups: int) -> str | None:
+    """Why `mamba_layer` cannot serve a layer of these sizes, or None where it can: it is cut to Zamba2 1.2B's."""
+    if (heads, headdim, state, groups) != (HEADS, HEADDIM, STATE, 1):
+        return (
+            f"the layer has {heads} heads of {headdim}, a state of {state} and {groups} groups; it takes {HEADS} heads "
+            f"of {HEADDIM}, a state of {STATE} and one group"
+        )
+    if width != WIDTH:
+        return f"the hidden size is {width}; it takes {WIDTH}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "gate_eps", "limit"))
+def mamba_layer(
+    before: Unsummed,
+    added: jax.Array,
+    weights: dict[str, jax.Array],
+    window_x: jax.Array,
+    window_bc: jax.Array,
+    ssm: jax.Array,
+    *,
+    eps: float,
+    gate_eps: float,
+    limit: tuple[float, float] | None,
+) -> tuple[Unsummed, jax.Array, jax.Array, jax.Array]:
+    """norm(stream + added); projections, convolution, state, gate; output projection, unsummed. States in place.
+
+    Args:
+      added: (d,), what joins the layer's input but not the stream.
+      weights: norm (d,), zx (d, 2 E), bc (d, 2 N), dt (d, h), kernel_x (4, E), bias_x (E,), kernel_bc (4, 2 N),
+        bias_bc (2 N,), dt_bias, A_log, D (h,), gate_norm (E,), out (E, d).
+      window_x, window_bc: (3, E), (3, 2 N). ssm: (h, p, N) float32.
+
+    Returns:
+      The stream and the three states.
+    """
+    width, inner = weights["out"].shape[1], weights["out"].shape[0]
+    pieces = _pieces(width, inner)
+    strips = 2 * inner // COLUMNS
+    sizes = _Sizes(width, inner, width // DEPTH, strips, PROGRAMS, inner // pieces)
+    shape = jax.ShapeDtypeStruct
+    out_types = {
+        "hidden": shape((width,), before.hidden.dtype),
+        "pieces": shape((pieces, width), jnp.float32),
+        "squares": shape((1,), jnp.float32),
+        "waits": shape((2,), jnp.int32),
+        # What programs hand to one another.
+        "raw": shape((sizes.programs * COLUMNS,), jnp.float32),
+        "dt": shape((sizes.steps, HEADS), jnp.float32),
+        "gated": shape((inner,), before.hidden.dtype),
+        "squared": shape((inner,), jnp.float32),
+    }
+    states = [jax.new_ref(array) for array in (window_x, window_bc, ssm)]
+    waits = jax.new_ref(before.waits)
+    kernel = pl.kernel(
+        functools.partial(_program, sizes, list(out_types), eps, gate_eps, limit),
+        out_type=list(out_types.values()),
+        mesh=plgpu.Mesh(grid=(sizes.programs,), grid_names=("program",)),
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        name="mamba_layer",
+    )
+    hidden, parts, squares, next_waits, *_ = kernel(
+        waits, before.hidden, before.pieces, before.squares, added, weights, *states
+    )
+    return Unsummed(hidden, parts, squares, next_waits), *(jax.freeze(state) for state in states)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Of a layer's work: `steps` tiles in a strip of the first product, `strips` of z and x, `depth` features of the
+    output projection for each program of them."""
+
+    width: int
+    inner: int
+    steps: int
+    strips: int
+    programs: int
+    depth: int
+
+
+def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, squares_in, added_in, weights, *refs):
+    window_x, window_bc, ssm, *outputs = refs
+    out = dict(zip(names, outputs, strict=True))
+    me = jax.lax.axis_index("program")
+    wide = jnp.float32
+    dtype = hidden_in.dtype
+    of_out = sizes.width // COLUMNS
+
+    def scoped(x_tiles, w_tiles, bc, arrived):
+        x_memory = x_tiles.ref
+
+        # The sum of the layer before and its norm, by every program. Loaded before the first tile is asked for.
+        layout = _vector(sizes.width)
+        hidden, added, scale = (plgpu.load(ref, layout=layout) for ref in (hidden_in, added_in, weights["norm"]))
+        parts = [plgpu.load(pieces_in.at[piece], layout=layout) for piece in range(pieces_in.shape[0])]
+        factor = jax.lax.rsqrt(squares_in[0] / sizes.inner + gate_eps)
+
+        def fetch(weight, tile, row, column):
+            """The tile-th copy of this program, of the weight's rows and columns from here on."""
+            slot = jax.lax.rem(tile, SLOTS)
+            rows, columns = pl.ds(row, DEPTH), pl.ds(column, COLUMNS)
+            plgpu.copy_gmem_to_smem(weight.at[rows, columns], w_tiles.at[slot], arrived.at[slot])
+
+        def fetch_first(tile):
+            @pl.when(me < sizes.strips)
+            def _():
+                fetch(weights["zx"], tile, tile * DEPTH, me * COLUMNS)
+
+            @pl.when(me >= sizes.strips)
+            def _():
+                fetch(weights["bc"], tile, tile * DEPTH, (me - sizes.strips) * COLUMNS)
+
+        for tile in range(SLOTS):
+            fetch_first(jnp.int32(tile))
+        # Rows of the operand beside the first are no one's.
+        x_memory[...] = jnp.zeros(x_memory.shape, dtype)
+
+        stream = sum(parts[1:], parts[0])
+        stream = (stream * factor).astype(dtype) + hidden
+        total = (stream + added).astype(wide)
+        mean = jnp.sum(total * total) / sizes.width
+        _store_operand(x_memory, (total * jax.lax.rsqrt(mean + eps) * scale.astype(wide)).astype(dtype))
+        plgpu.commit_smem()
+
+        # What the state's phase needs from far, behind the tiles: it is there before they are used up.
+        head = jnp.minimum(me, HEADS - 1)
+        channels = pl.ds(head * HEADDIM, HEADDIM)
+        state = plgpu.load(ssm.at[head], layout=plgpu.Layout.WGMMA, optimized=False)
+        taps_x, kernel_x = [[_row(ref.at[i, channels]) for i in range(n)] for ref, n in _both(window_x, weights, "x")]
+        taps_bc, kernel_bc = [[_pair(ref.at[i]) for i in range(n)] for ref, n in _both(window_bc, weights, "bc")]
+        bias_x, gate_norm = _row(weights["bias_x"].at[channels]), _row(weights["gate_norm"].at[channels])
+        bias_bc = _pair(weights["bias_bc"])
+        dt_bias, A_log, D = (weights[name][head].astype(wide) for name in ("dt_bias", "A_log", "D"))
+
+        def multiply(total, tile, x_tile):
+            slot = jax.lax.rem(tile, SLOTS)
+            plgpu.barrier_wait(arrived.at[slot])
+            operand = x_tiles.at[:, pl.ds(x_tile * DEPTH, DEPTH)]
+            plgpu.wgmma(total, _turned(w_tiles.at[slot]), _turned(operand))
+
+        def product(body):
+            """(64,) float32: what `body` accumulates; of the 8 rows it multiplies all but the first are zero."""
+
+            def accumulate(total):
+                body(total)
+                return total[...]
+
+            return pl.run_scoped(accumulate, plgpu.ACC((COLUMNS, 8), wide)).sum(axis=1)
+
+        # The time steps' weight is one strip; the first programs take a tile of it each.
+        has_dt = (me < sizes.steps).astype(jnp.int32)
+
+        def project(total):
+            def turn(tile, carry):
+                multiply(total, tile, tile)
+                plgpu.wgmma_wait(0)
+                following = tile + SLOTS
+
+                @pl.when(following < sizes.steps + has_dt)
+                def _():
+                    _barrier()  # all warps have read the slot
+
+                    @pl.when(following < sizes.steps)
+                    def _():
+                        fetch_first(following)
+
+                    @pl.when(following >= sizes.steps)
+                    def _():
+                        fetch(weights["dt"], following, me * DEPTH, 0)
+
+                return carry
+
+            jax.lax.fori_loop(0, sizes.steps, turn, jnp.int32(0))
+
+        out["raw"][pl.ds(me * COLUMNS, COLUMNS)] = product(project).astype(dtype).astype(wide)
+
+        @pl.when(has_dt == 1)
+        def _():
+            out["dt"][me, :] = product(lambda total: multiply(total, jnp.int32(sizes.steps), me))
+
+        _arrive(waits.at[0])
+        out_steps = sizes.depth // DEPTH
+        piece, strip = me // of_out, jax.lax.rem(me, of_out)
+
+        def fetch_out(first, last):
+            @pl.when(me < sizes.strips)
+            def _():
+                for index in range(first, last):
+                    fetch(
+                        weights["out"],
+                        sizes.steps + has_dt + index,
+                        piece * sizes.depth + index * DEPTH,
+                        strip * COLUMNS,
+                    )
+
+        fetch_out(0, DURING_WAIT)
+        _wait(waits.at[0], sizes.programs)
+
+        @pl.when(me >= HEADS)
+        def _():
+            fetch_out(DURING_WAIT, DURING_STATE)
+
+        @pl.when(me < HEADS)
+        def _():
+            x_now = _row(out["raw"].at[pl.ds(sizes.inner + me * HEADDIM, HEADDIM)])
+            z = _row(out["raw"].at[channels])
+            bc_now = _pair(out["raw"].at[pl.ds(2 * sizes.inner, 2 * STATE)])
+            dt_parts = [out["dt"][part, me] for part in range(sizes.steps)]
+            fetch_out(DURING_WAIT, DURING_STATE)
+            bc[...] = _convolved(taps_bc, bc_now, kernel_bc, bias_bc).astype(dtype).astype(wide)
+            plgpu.commit_smem()
+            value = _convolved(taps_x, x_now, kernel_x, bias_x).astype(dtype).astype(wide)
+            step = _softplus(sum(dt_parts[1:], dt_parts[0]).astype(dtype).astype(wide) + dt_bias)
+            if limit is not None:
+                step = jnp.minimum(jnp.maximum(step, limit[0]), limit[1])
+            column = plgpu.Layout.WGMMA.reduce(0)
+            key, query = (
+                plgpu.load(bc.at[pl.ds(first, STATE)], layout=column, optimized=False) for first in (0, STATE)
+            )
+            new = jnp.exp(-step * jnp.exp(A_log)) * state + _spread(step * value, 0) * _spread(key, 1)
+            y = (new * _spread(query, 1)).sum(axis=1) + D * value
+            y = y * z * jax.nn.sigmoid(z)
+            out["squared"][channels] = y * y
+            out["gated"][channels] = (y * gate_norm.astype(wide)).astype(dtype)
+            ssm[me] = new
+            for tap, moved in enumerate((*taps_x[1:], x_now.astype(dtype))):
+                window_x[tap, channels] = moved
+
+        _arrive(waits.at[1])
+        fetch_out(DURING_STATE, out_steps)
+        _wait(waits.at[1], sizes.programs)
+
+        @pl.when(me < sizes.strips)
+        def _():
+            gated = plgpu.load(out["gated"].at[pl.ds(piece * sizes.depth, sizes.depth)], layout=_vector(sizes.depth))
+            _store_operand(x_memory, gated)
+            plgpu.commit_smem()
+
+            def project_out(total):
+                for index in range(out_steps):
+                    multiply(total, sizes.steps + has_dt + index, index)
+
+            out["pieces"][piece, pl.ds(strip * COLUMNS, COLUMNS)] = product(project_out)
+
+        # The programs of B and C have no part in that.
+        @pl.when(me == sizes.strips)
+        def _():
+            out["squares"][0] = jnp.sum(plgpu.load(out["squared"], layout=_vector(sizes.inner)))
+
+        @pl.when(me == sizes.strips + 1)
+        def _():
+            bc_now = _pair(out["raw"].at[pl.ds(2 * sizes.inner, 2 * STATE)])
+            for tap, moved in enumerate((*taps_bc[1:], bc_now.astype(dtype))):
+                window_bc[tap] = moved
+
+        @pl.when(me == sizes.strips + 2)
+        def _():
+            out["hidden"][...] = stream
+            for place in range(2):
+                out["waits"][place] = jnp.int32(0)
+
+    pl.run_scoped(
+        scoped,
+        plgpu.SMEM((8, sizes.width), dtype, transforms=_TILED),
+        plgpu.SMEM((SLOTS, DEPTH, COLUMNS), dtype, transforms=_TILED),
+        plgpu.SMEM((2 * STATE,), wide),
+        plgpu.Barrier(num_barriers=SLOTS),
+    )
+
+
+def _vector(size: int) -> Any:
+    """The layout of a vector that all threads share, four neighbours each."""
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=4)
+
+
+def _row(ref: Any) -> jax.Array:
+    """(64,), as the rows of the matrix units' results lie."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def _pair(ref: Any) -> jax.Array:
+    """(256,), two neighbours for each thread."""
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED((2 * STATE,), vec_size=2))
+
+
+def _both(window: Any, weights: dict[str, Any], name: str) -> tuple[tuple[Any, int], tuple[Any, int]]:
+    return (window, TAPS), (weights[f"kernel_{name}"], TAPS + 1)
+
+
+def _spread(values: jax.Array, axis: int) -> jax.Array:
+    """Along `axis` of (64, 128)."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(values, (HEADDIM, STATE), (axis,)), plgpu.Layout.WGMMA)
+
+
+def _turned(ref: Any) -> Any:
+    return ref.transpose((1, 0))
+
+
+def _convolved(taps: list[jax.Array], now: jax.Array, kernel: list[jax.Array], bias: jax.Array) -> jax.Array:
+    total = bias.astype(jnp.float32)
+    for weight, reached in zip(kernel, [*taps, now], strict=True):
+        total = total + weight.astype(jnp.float32) * reached.astype(jnp.float32)
+    return total * jax.nn.sigmoid(total)
+
+
+def _softplus(x: jax.Array) -> jax.Array:
+    # max(x, 0) + log1p(exp(-|x|)); of the logarithm's forms the backend has but log.
+    small = jnp.exp(-jnp.abs(x))
+    above = 1.0 + small
+    lost = above == 1.0
+    log1p = jnp.where(lost, small, jnp.log(above) * small / jnp.where(lost, 1.0, above - 1.0))
+    return jnp.maximum(x, 0.0) + log1p
+
+
+def _store_operand(memory: Any, values: jax.Array) -> None:
+    """values (K,) into the first row of the matrix units' operand, tiles (1, K / 64, 8, 64): swizzling leaves it be."""
+    size = values.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _vector(size)))
+    def store(_, ref, array):
+        base = mgpu.utils.memref_ptr(ref)
+        thread = arith.remui(mgpu.thread_idx(), _int(128))
+        for index, register in enumerate(array.registers.flat):
+            place = arith.addi(arith.muli(thread, _int(4)), _int(512 * index))
+            tile, within = arith.divui(place, _int(COLUMNS)), arith.remui(place, _int(COLUMNS))
+            offset = arith.addi(arith.muli(tile, _int(8 * COLUMNS)), within)
+            # The dialect's mark of an index that is given at run time.
+            dynamic = -(2**31)
+            element = ir.VectorType(register.type).element_type
+            at = llvm.getelementptr(base.type, base, [offset], [dynamic], element, llvm.GEPNoWrapFlags.none)
+            llvm.store(register, at)
+
+    store(memory, values)
+
+
+def _int(value: int) -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+
+def _barrier() -> None:
+    """All threads of the program."""
+
+    @plgpu.inline_mgpu()
+    def barrier(_):
+        mgpu.utils.warpgroup_barrier()
+
+    barrier()
+
+
+def _arrive(count: Any) -> None:
+    """This program has written what it had to."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def arrive(_, ref):
+        mgpu.utils.warpgroup_barrier()
+        _by_one_thread("red.release.gpu.global.add.u32 [$0], 1;", ref)
+
+    arrive(count)
+
+
+def _wait(count: Any, programs: int) -> None:
+    """Until so many programs have arrived; what they wrote before can be read then."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(_, ref):
+        _by_one_thread(
+            "{ .reg .pred few; .reg .u32 count; again: ld.acquire.gpu.global.u32 count, [$0]; "
+            f"setp.lt.u32 few, count, {programs}; @few bra again; }}",
+            ref,
+        )
+        mgpu.utils.warpgroup_barrier()
+
+    wait(count)
+
+
+def _by_one_thread(ptx: str, ref: ir.Value) -> None:
+    with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [mgpu.utils.memref_ptr(ref)], ptx, "l,~{memory}", has_side_effects=True)
