@@ -79,12 +79,30 @@ def step(
     """`layer` for one token."""
     from zamba2_jax.ops.decode import layer_gpu
 
-    mixer, norm = layer.mamba, layer.input_layernorm
-    config = mixer.config
-    width, inner = config.hidden_size, config.mamba_intermediate_size
+    mixer = layer.mamba
     both = state.conv_bc.shape[2] * state.conv_bc.shape[3]
-    weights = {
-        "norm": norm.scale[...],
+    added = jnp.zeros_like(stream.hidden) if transformer_output is None else transformer_output.reshape(-1)
+    stream, window_x, window_bc, ssm = layer_gpu.mamba_layer(
+        stream,
+        added,
+        weights_of(layer),
+        state.conv_x[0],
+        state.conv_bc.reshape(-1, both),
+        state.ssm[0],
+        eps=layer.input_layernorm.eps,
+        gate_eps=mixer.norm.eps,
+        limit=mixer.config.time_step_limit,
+    )
+    return stream, MambaState(window_x[None], window_bc.reshape(state.conv_bc.shape), ssm[None])
+
+
+def weights_of(layer: MambaLayer) -> dict[str, jax.Array]:
+    """The layer's arrays by the names and in the shapes that `layer_gpu.mamba_layer` knows."""
+    mixer, config = layer.mamba, layer.mamba.config
+    width, inner = config.hidden_size, config.mamba_intermediate_size
+    both = 2 * config.mamba_ngroups * config.mamba_d_state
+    return {
+        "norm": layer.input_layernorm.scale[...],
         "zx": mixer.zx_proj.kernel[...].reshape(width, -1),
         "bc": mixer.bc_proj.kernel[...].reshape(width, -1),
         "dt": mixer.dt_proj.kernel[...],
@@ -98,19 +116,6 @@ def step(
         "gate_norm": mixer.norm.scale[...],
         "out": mixer.out_proj.kernel[...],
     }
-    added = jnp.zeros_like(stream.hidden) if transformer_output is None else transformer_output.reshape(-1)
-    stream, window_x, window_bc, ssm = layer_gpu.mamba_layer(
-        stream,
-        added,
-        weights,
-        state.conv_x[0],
-        state.conv_bc.reshape(-1, both),
-        state.ssm[0],
-        eps=norm.eps,
-        gate_eps=mixer.norm.eps,
-        limit=config.time_step_limit,
-    )
-    return stream, MambaState(window_x[None], window_bc.reshape(state.conv_bc.shape), ssm[None])
 
 
 def summed(layer: MambaLayer, stream: Unsummed) -> Float[Array, "1 1 d"]:

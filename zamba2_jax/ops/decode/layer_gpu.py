@@ -107,27 +107,13 @@ def mamba_layer(
     Returns:
       The stream and the three states.
     """
-    width, inner = weights["out"].shape[1], weights["out"].shape[0]
-    pieces = _pieces(width, inner)
-    strips = 2 * inner // COLUMNS
-    sizes = _Sizes(width, inner, width // DEPTH, strips, PROGRAMS, inner // pieces)
-    shape = jax.ShapeDtypeStruct
-    out_types = {
-        "hidden": shape((width,), before.hidden.dtype),
-        "pieces": shape((pieces, width), jnp.float32),
-        "squares": shape((1,), jnp.float32),
-        "waits": shape((2,), jnp.int32),
-        # What programs hand to one another.
-        "raw": shape((sizes.programs * COLUMNS,), jnp.float32),
-        "dt": shape((sizes.steps, HEADS), jnp.float32),
-        "gated": shape((inner,), before.hidden.dtype),
-        "squared": shape((inner,), jnp.float32),
-    }
+    sizes = sizes_of(weights["out"].shape[1], weights["out"].shape[0])
+    outputs = {name: jax.ShapeDtypeStruct(*output) for name, output in outputs_of(sizes, before.hidden.dtype).items()}
     states = [jax.new_ref(array) for array in (window_x, window_bc, ssm)]
     waits = jax.new_ref(before.waits)
     kernel = pl.kernel(
-        functools.partial(_program, sizes, list(out_types), eps, gate_eps, limit),
-        out_type=list(out_types.values()),
+        functools.partial(_program, sizes, list(outputs), eps, gate_eps, limit),
+        out_type=list(outputs.values()),
         mesh=plgpu.Mesh(grid=(sizes.programs,), grid_names=("program",)),
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -141,16 +127,36 @@ def mamba_layer(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Of a layer's work: `steps` tiles in a strip of the first product, `strips` of z and x, `depth` features of the
-    output projection for each program of them."""
+    output projection for each program of one of its `pieces`."""
 
     width: int
     inner: int
     steps: int
     strips: int
     programs: int
+    pieces: int
     depth: int
+
+
+def sizes_of(width: int, inner: int) -> Sizes:
+    pieces = _pieces(width, inner)
+    return Sizes(width, inner, width // DEPTH, 2 * inner // COLUMNS, PROGRAMS, pieces, inner // pieces)
+
+
+def outputs_of(sizes: Sizes, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes: what the next layer reads, and what programs hand to one another."""
+    return {
+        "hidden": ((sizes.width,), dtype),
+        "pieces": ((sizes.pieces, sizes.width), jnp.float32),
+        "squares": ((1,), jnp.float32),
+        "waits": ((2,), jnp.int32),
+        "raw": ((sizes.programs * COLUMNS,), jnp.float32),
+        "dt": ((sizes.steps, HEADS), jnp.float32),
+        "gated": ((sizes.inner,), dtype),
+        "squared": ((sizes.inner,), jnp.float32),
+    }
 
 
 def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, squares_in, added_in, weights, *refs):
