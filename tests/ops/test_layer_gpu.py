@@ -18,7 +18,13 @@ from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.ops.decode import layer_gpu
 from zamba2_jax.tokens import TokenLayout
 
-SIZES = {"hidden_size": 2048, "n_mamba_heads": 64, "mamba_d_state": 128, "num_hidden_layers": 1, "layers_block_type": ["mamba"]}
+SIZES = {
+    "hidden_size": 2048,
+    "n_mamba_heads": 64,
+    "mamba_d_state": 128,
+    "num_hidden_layers": 1,
+    "layers_block_type": ["mamba"],
+}
 
 
 class Ref:

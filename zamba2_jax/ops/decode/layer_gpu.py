@@ -98,6 +98,8 @@ def mamba_layer(
 ) -> tuple[Unsummed, jax.Array, jax.Array, jax.Array]:
     """norm(stream + added); projections, convolution, state, gate; output projection, unsummed. States in place.
 
+    Needs `PROGRAMS` free multiprocessors: the programs wait for one another.
+
     Args:
       added: (d,), what joins the layer's input but not the stream.
       weights: norm (d,), zx (d, 2 E), bc (d, 2 N), dt (d, h), kernel_x (4, E), bias_x (E,), kernel_bc (4, 2 N),
@@ -193,8 +195,9 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
 
         for tile in range(SLOTS):
             fetch_first(jnp.int32(tile))
-        # Rows of the operand beside the first are no one's.
+        # Of the operand's rows the first alone is someone's.
         x_memory[...] = jnp.zeros(x_memory.shape, dtype)
+        _barrier()  # another thread writes the first
 
         stream = sum(parts[1:], parts[0])
         stream = (stream * factor).astype(dtype) + hidden
