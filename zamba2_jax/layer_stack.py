@@ -141,8 +141,12 @@ class LayerStack:
             trail.add_layer(left)
         return hidden, trail
 
+    def _is_step(self, past: Past) -> bool:
+        """Whether this is one token of rows that every layer has a state of."""
+        return self.layout.is_step and all(state is not None for state in past.mamba)
+
     def _has_whole_steps(self, past: Past) -> bool:
-        if not self.layout.is_step or any(state is None for state in past.mamba):
+        if not self._is_step(past):
             return False
         pairs = zip(self.layers, past.mamba, strict=True)
         return all(whole_layer.obstacle(layer, self.layout, state) is None for layer, state in pairs)
@@ -177,7 +181,7 @@ class LayerStack:
         return hidden, *self._apply_use(_checkpoint("none"), block, use, hidden, *use_past)
 
     def _has_fused_steps(self, hidden: Float[Array, "b l d"], past: Past) -> bool:
-        if not self.layout.is_step or any(state is None for state in past.mamba):
+        if not self._is_step(past):
             return False
         return all(decoding.mamba_obstacle(layer, hidden.shape[0]) is None for layer in self.layers)
 

@@ -28,13 +28,18 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 # Of a weight, one copy: features, columns. The matrix units take 64 columns of a weight, turned, against 8 rows.
-DEPTH, COLUMNS = 128, 64
+DEPTH = 128
+COLUMNS = 64
 # Tiles that a multiprocessor's shared memory holds beside the rest.
 SLOTS = 8
 # How many tiles of the output projection are asked for by the end of the first wait, and by that of the state's phase:
 # as many as arrive meanwhile.
-DURING_WAIT, DURING_STATE = 3, 6
-WIDTH, HEADS, HEADDIM, STATE = 2048, 64, 64, 128
+DURING_WAIT = 3
+DURING_STATE = 6
+WIDTH = 2048
+HEADS = 64
+HEADDIM = 64
+STATE = 128
 TAPS = 3
 _TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
 
