@@ -12,7 +12,7 @@ from flax import nnx
 
 from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
 from zamba2_jax.layers import decoding, whole_layer
-from zamba2_jax.ops.decode import layer_gpu
+from zamba2_jax.ops.decode import hopper, layer_gpu
 
 SMALL = {
     "vocab_size": 101,
@@ -30,7 +30,7 @@ FULL = {
     "mamba_d_state": 128,
     "num_attention_heads": 32,
     "adapter_rank": 128,
-    "intermediate_size": 1024,
+    "intermediate_size": 8192,
 }
 
 
@@ -73,7 +73,8 @@ def test_kernel(limit, monkeypatch):
             return run.lower(jnp.zeros((1, 1), jnp.int32), cache).compile()
 
     whole, fused, plain = step([]), step([whole_layer]), step([whole_layer, decoding])
-    assert "mosaic_gpu" in whole.as_text()
+    for kernel in ("mamba_layer", "feed_forward"):
+        assert kernel in whole.as_text()
     assert "mosaic_gpu" not in fused.as_text()
     for token in (8, 9, 10):
         got, four, expected = (run(jnp.asarray([[token]], jnp.int32), cache) for run in (whole, fused, plain))
@@ -93,6 +94,7 @@ def layout():
         (["mamba", "mamba", "hybrid", "mamba"], "plain"),
         (["hybrid", "mamba", "hybrid"], "plain"),
         (["mamba", "hybrid"], "given its norm"),
+        (["mamba", "hybrid", "mamba"], "in two parts"),
     ],
 )
 def test_what_layers_leave_to_each_other(kinds, block, monkeypatch):
@@ -101,7 +103,7 @@ def test_what_layers_leave_to_each_other(kinds, block, monkeypatch):
     cache = model(jnp.asarray([[5, 6, 7]]), use_cache=True, cache_length=8).past_key_values
     step = {"past_key_values": cache, "use_cache": True, "output_hidden_states": True}
     expected = model(jnp.asarray([[8]]), **step)
-    calls = []
+    calls, lent = [], []
 
     def summed(layer, stream):
         return (stream.hidden + stream.pieces.sum(axis=0).astype(stream.hidden.dtype))[None, None]
@@ -109,18 +111,32 @@ def test_what_layers_leave_to_each_other(kinds, block, monkeypatch):
     def one(layer, stream, output, state):
         before = summed(layer, stream)
         calls.append((output is not None, int(stream.waits[0])))
+        lent.append(int(stream.waits[-1]))
         added = before if output is None else before + output
         mixed, state = layer.mamba(layer.input_layernorm(added), expected_layout[0], state, None)
         half = mixed.reshape(1, -1).astype(jnp.float32) / 2
-        return layer_gpu.Unsummed(before[0, 0], jnp.concatenate([half, half]), stream.squares, stream.waits + 1), state
+        return layer_gpu.Unsummed(
+            before[0, 0], jnp.concatenate([half, half]), stream.squares, stream.waits % 8 + 1
+        ), state
 
     def summed_and_normed(layer, stream, norm, beside):
         total = summed(layer, stream)
         return total, norm(jnp.concatenate([total, beside], axis=-1))[0]
 
-    def block_step(block, hidden, embedded, use, context, past, *, normed):
+    def check_norm(normed, block, hidden, embedded):
         assert_close(normed, block.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))[0], 200)
+
+    def block_step(block, hidden, embedded, use, context, past, *, normed):
+        check_norm(normed, block, hidden, embedded)
         return block(hidden, embedded, use, context, past)[:2]
+
+    def block_in_parts(block, normed, use, context, past, stream):
+        # Between the counters of the layer before and of the one after.
+        assert int(stream.waits[0]) == len(calls)
+        hidden, embedded = summed(None, stream), model.model.embed_tokens(jnp.asarray([[8]]))
+        check_norm(normed, block, hidden, embedded)
+        output, past, _ = block(hidden, embedded, use, context, past)
+        return output, past, dataclasses.replace(stream, waits=stream.waits.at[-1].set(9))
 
     expected_layout = []
 
@@ -130,7 +146,7 @@ def test_what_layers_leave_to_each_other(kinds, block, monkeypatch):
     monkeypatch.setattr(whole_layer, "obstacle", no_obstacle)
     monkeypatch.setattr(whole_layer, "step", one)
     monkeypatch.setattr(whole_layer, "summed", summed)
-    if block == "given its norm":
+    if block != "plain":
         monkeypatch.setattr(whole_layer, "summed_and_normed", summed_and_normed)
         asked = []
 
@@ -140,8 +156,13 @@ def test_what_layers_leave_to_each_other(kinds, block, monkeypatch):
 
         monkeypatch.setattr(decoding, "shared_block_obstacle", once)
         monkeypatch.setattr(decoding, "shared_block_step", block_step)
+        monkeypatch.setattr(whole_layer, "shared_block_step", block_in_parts)
+        in_parts = None if block == "in two parts" else "switched off"
+        monkeypatch.setattr(whole_layer, "shared_block_obstacle", lambda *_: in_parts)
     got = model(jnp.asarray([[8]]), **step)
     assert calls == [(kind == "hybrid", index) for index, kind in enumerate(kinds)]
+    # A layer is handed the counters that the block before it has counted with.
+    assert [waits > 8 for waits in lent] == [block == "in two parts" and kind == "hybrid" for kind in kinds]
     assert_close((got.hidden_states, got.past_key_values), (expected.hidden_states, expected.past_key_values), 200)
 
 
@@ -189,7 +210,7 @@ def test_tiles_fit():
     """What the kernel's loops count on."""
     inner = layer_gpu.HEADS * layer_gpu.HEADDIM
     pieces = layer_gpu.Unsummed.of(jnp.zeros((layer_gpu.WIDTH,)), inner).pieces.shape[0]
-    steps, out_steps = layer_gpu.WIDTH // layer_gpu.DEPTH, inner // pieces // layer_gpu.DEPTH
+    steps, out_steps = layer_gpu.WIDTH // hopper.DEPTH, inner // pieces // hopper.DEPTH
     assert out_steps <= layer_gpu.SLOTS <= steps <= layer_gpu.HEADS
     assert 0 < layer_gpu.DURING_WAIT <= layer_gpu.DURING_STATE <= out_steps
     assert layer_gpu.PROGRAMS == 132

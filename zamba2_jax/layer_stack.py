@@ -157,7 +157,9 @@ class LayerStack:
         for index, (layer, state) in enumerate(zip(self.layers, past.mamba, strict=True)):
             output = None
             if index in self._use_of_layer:
-                hidden, output, left = self._use_between(layer, stream, hidden if index == 0 else None, past, index)
+                hidden, output, left, stream = self._use_between(
+                    layer, stream, hidden if index == 0 else None, past, index
+                )
                 trail.add_use(left)
                 stream = whole_layer.begin(layer, hidden, stream)
             before = whole_layer.summed(layer, stream) if self.keep_inputs else None
@@ -166,19 +168,24 @@ class LayerStack:
         return whole_layer.summed(self.layers[-1], stream), trail
 
     def _use_between(self, layer, stream, hidden, past: Past, index: int):
-        """The shared block before `layer`, from what the one before left: the stream, the output, what it leaves."""
+        """The shared block before `layer`, from what the one before left: the stream, the output, what it leaves, and
+        `stream` with its counters as they are then."""
         j = self._use_of_layer[index]
         block, use, key_value = self._block_of(j), self.uses[j], past.attention[j]
         fused = self.context.is_decoding and decoding.shared_block_obstacle(block, use, 1) is None
         if hidden is None and fused:
             hidden, normed = whole_layer.summed_and_normed(layer, stream, block.input_layernorm, self.embedded)
-            args = (block, hidden, self.embedded, use, self.context, key_value)
-            output, key_value = decoding.shared_block_step(*args, normed=normed)
-            return hidden, output, (key_value, None)
+            if whole_layer.shared_block_obstacle(block, use) is None:
+                args = (block, normed, use, self.context, key_value, stream)
+                output, key_value, stream = whole_layer.shared_block_step(*args)
+            else:
+                args = (block, hidden, self.embedded, use, self.context, key_value)
+                output, key_value = decoding.shared_block_step(*args, normed=normed)
+            return hidden, output, (key_value, None), stream
         if hidden is None:
             hidden = whole_layer.summed(layer, stream)
         use_past = (key_value, past.dropout_keys[j])
-        return hidden, *self._apply_use(_checkpoint("none"), block, use, hidden, *use_past)
+        return hidden, *self._apply_use(_checkpoint("none"), block, use, hidden, *use_past), stream
 
     def _has_fused_steps(self, hidden: Float[Array, "b l d"], past: Past) -> bool:
         if not self._is_step(past):

@@ -25,7 +25,7 @@ from zamba2_jax.tokens import TokenLayout
 if TYPE_CHECKING:
     from zamba2_jax.layers.mamba2 import Mamba2Mixer, MambaLayer
     from zamba2_jax.layers.norms import RMSNorm
-    from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
+    from zamba2_jax.layers.shared_block import AttentionContext, SharedAttention, SharedBlockUse, SharedTransformerBlock
 
 # Measured on an H100, for 1 and 8 rows of the 1.2B shape.
 TILING = Tiling()
@@ -212,17 +212,48 @@ def shared_block_step(
     Args:
         normed: the block's norm of `hidden` beside `embedded`, where the layer before has made it.
     """
-    attention, mlp = block.self_attn, block.feed_forward
-    rows, width = hidden.shape[0], hidden.shape[2]
+    rows = hidden.shape[0]
+    if normed is None:
+        norm, parts = block.input_layernorm, [[hidden[:, 0]], [embedded[:, 0]]]
+        normed = rows_gpu.rms_norm(parts, norm.scale[...], eps=norm.eps, interpret=interpret)
+    mixed, past = shared_attention_step(block.self_attn, normed, use, context, past, interpret)
+    _, x = _deep_product(mixed, block.self_attn.o_proj, block.pre_ff_layernorm, interpret=interpret)
+    mlp = block.feed_forward
+    gate_up, low = products_gpu.skinny_matmul(
+        x,
+        [mlp.gate_up_proj.kernel[...].reshape(x.shape[1], -1), use.gate_up_adapter.down.kernel[...]],
+        tiling=WIDE,
+        interpret=interpret,
+    )
+    x = products_gpu.gated_activation(
+        gate_up,
+        low,
+        use.gate_up_adapter.up.kernel[...].reshape(low.shape[1], -1),
+        activation=mlp.activation,
+        tiling=TILING,
+        interpret=interpret,
+    )
+    x, _ = _deep_product(x, mlp.down_proj, interpret=interpret)
+    x, _ = _deep_product(x, use.linear, interpret=interpret)
+    return x.reshape(rows, 1, -1), past
+
+
+def shared_attention_step(
+    attention: SharedAttention,
+    normed: Float[Array, "b 2*d"],
+    use: SharedBlockUse,
+    context: AttentionContext,
+    past: KeyValue,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b a"], KeyValue]:
+    """A shared block's attention for one token, from its norm on, without the output projection."""
+    rows = normed.shape[0]
     weights = [projection.kernel[...] for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
     up = None
     if use.q_adapter is not None:
         adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
         weights += [adapter.down.kernel[...] for adapter in adapters]
         up = tuple(adapter.up.kernel[...] for adapter in adapters)
-    if normed is None:
-        norm, parts = block.input_layernorm, [[hidden[:, 0]], [embedded[:, 0]]]
-        normed = rows_gpu.rms_norm(parts, norm.scale[...], eps=norm.eps, interpret=interpret)
     projected = products_gpu.skinny_matmul(normed, weights, tiling=WIDE, interpret=interpret)
     query, key, value = attention_gpu.rotate_and_store(
         projected[:3],
@@ -244,24 +275,7 @@ def shared_block_step(
         implementation="pallas_gpu" if interpret else None,
         interpret=interpret,
     )
-    _, x = _deep_product(mixed.reshape(rows, -1), attention.o_proj, block.pre_ff_layernorm, interpret=interpret)
-    gate_up, low = products_gpu.skinny_matmul(
-        x,
-        [mlp.gate_up_proj.kernel[...].reshape(width, -1), use.gate_up_adapter.down.kernel[...]],
-        tiling=WIDE,
-        interpret=interpret,
-    )
-    x = products_gpu.gated_activation(
-        gate_up,
-        low,
-        use.gate_up_adapter.up.kernel[...].reshape(low.shape[1], -1),
-        activation=mlp.activation,
-        tiling=TILING,
-        interpret=interpret,
-    )
-    x, _ = _deep_product(x, mlp.down_proj, interpret=interpret)
-    x, _ = _deep_product(x, use.linear, interpret=interpret)
-    return x[:, None], KeyValue(key, value)
+    return mixed.reshape(rows, -1), KeyValue(key, value)
 
 
 def head_obstacle(embedding: Embed, rows: int, interpret: bool = False) -> str | None:

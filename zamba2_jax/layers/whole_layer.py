@@ -1,4 +1,5 @@
-"""One decoding step of whole mamba layers in one launch each, for one sequence on a Hopper GPU.
+"""One decoding step of whole mamba layers in one launch each, for one sequence on a Hopper GPU, and of what follows the
+attention of a shared block in another.
 
 A layer leaves its sum to the next one, so what passes between them is an `Unsummed`; `summed` makes a stream of it
 where something else reads it. The plain form is the layer itself; `decoding` has the one for more rows and other GPUs.
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from zamba2_jax.cache import MambaState
+from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layers import decoding
 from zamba2_jax.ops._platform import compute_capability
 from zamba2_jax.ops.decode import rows_gpu
@@ -22,6 +23,7 @@ from zamba2_jax.tokens import TokenLayout
 if TYPE_CHECKING:
     from zamba2_jax.layers.mamba2 import MambaLayer
     from zamba2_jax.layers.norms import RMSNorm
+    from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
     from zamba2_jax.ops.decode.layer_gpu import Unsummed
 
 # The first JAX with the interface that the kernel is written for.
@@ -115,6 +117,55 @@ def weights_of(layer: MambaLayer) -> dict[str, jax.Array]:
         "D": mixer.D[...],
         "gate_norm": mixer.norm.scale[...],
         "out": mixer.out_proj.kernel[...],
+    }
+
+
+def shared_block_obstacle(block: SharedTransformerBlock, use: SharedBlockUse) -> str | None:
+    """Why `shared_block_step` cannot serve where `step` can, or None where it can."""
+    from zamba2_jax.ops.decode import feed_forward_gpu
+
+    if (reason := decoding.shared_block_obstacle(block, use, 1)) is not None:
+        return reason
+    o_proj = block.self_attn.o_proj.kernel
+    inner, rank = block.feed_forward.down_proj.kernel.shape[0], use.gate_up_adapter.down.kernel.shape[1]
+    return feed_forward_gpu.shape_obstacle(*o_proj.shape, inner, rank)
+
+
+def shared_block_step(
+    block: SharedTransformerBlock,
+    normed: Float[Array, "1 2*d"],
+    use: SharedBlockUse,
+    context: AttentionContext,
+    past: KeyValue,
+    stream: Unsummed,
+) -> tuple[Float[Array, "1 1 d"], KeyValue, Unsummed]:
+    """`block` for one token, from its input norm on; `stream` is what the layer before has left, and lends counters."""
+    from zamba2_jax.ops.decode import feed_forward_gpu
+
+    mixed, past = decoding.shared_attention_step(block.self_attn, normed, use, context, past)
+    pieces, waits = feed_forward_gpu.feed_forward(
+        stream.waits,
+        mixed[0],
+        feed_forward_weights_of(block, use),
+        eps=block.pre_ff_layernorm.eps,
+        activation=block.feed_forward.activation,
+    )
+    output, _ = rows_gpu.join(pieces[:, None], dtype=mixed.dtype)
+    return output[None], past, dataclasses.replace(stream, waits=waits)
+
+
+def feed_forward_weights_of(block: SharedTransformerBlock, use: SharedBlockUse) -> dict[str, jax.Array]:
+    """The arrays of block and use by the names and in the shapes that `feed_forward_gpu.feed_forward` knows."""
+    mlp, adapter = block.feed_forward, use.gate_up_adapter
+    width, rank = adapter.down.kernel.shape
+    return {
+        "o": block.self_attn.o_proj.kernel[...],
+        "norm": block.pre_ff_layernorm.scale[...],
+        "gate_up": mlp.gate_up_proj.kernel[...].reshape(width, -1),
+        "low": adapter.down.kernel[...],
+        "added": adapter.up.kernel[...].reshape(rank, -1),
+        "down": mlp.down_proj.kernel[...],
+        "linear": use.linear.kernel[...],
     }
 
 

@@ -22,14 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
-# Of a weight, one copy: features, columns. The matrix units take 64 columns of a weight, turned, against 8 rows.
-DEPTH = 128
-COLUMNS = 64
+from zamba2_jax.ops.decode import hopper
+
 # Tiles that a multiprocessor's shared memory holds beside the rest.
 SLOTS = 8
 # How many tiles of the output projection are asked for by the end of the first wait, and by that of the state's phase:
@@ -41,7 +37,6 @@ HEADS = 64
 HEADDIM = 64
 STATE = 128
 TAPS = 3
-_TILED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +48,8 @@ class Unsummed:
         hidden: (d,), the stream before the layer.
         pieces: (p, d) float32, the output projection's pieces along its depth.
         squares: (1,) float32, the sum of squares that completes the gated norm.
-        waits: (2,) int32 zeros, for the next layer's programs to count themselves with.
+        waits: (w,) int32 zeros, for the programs of what follows to count themselves with: the next layer's with the
+            first ones, a feed-forward's, if one comes before it, with the last.
     """
 
     hidden: jax.Array
@@ -65,7 +61,7 @@ class Unsummed:
     def of(cls, hidden: jax.Array, inner: int) -> Unsummed:
         """A stream that nothing is to be added to."""
         pieces = jnp.zeros((_pieces(hidden.shape[0], inner), hidden.shape[0]), jnp.float32)
-        return cls(hidden, pieces, jnp.zeros((1,), jnp.float32), jnp.zeros((2,), jnp.int32))
+        return cls(hidden, pieces, jnp.zeros((1,), jnp.float32), jnp.zeros((hopper.WAITS,), jnp.int32))
 
 
 def _pieces(width: int, inner: int) -> int:
@@ -73,7 +69,7 @@ def _pieces(width: int, inner: int) -> int:
 
 
 # How many multiprocessors a layer takes: each serves 64 columns of z, x, B or C.
-PROGRAMS = (2 * HEADS * HEADDIM + 2 * STATE) // COLUMNS
+PROGRAMS = (2 * HEADS * HEADDIM + 2 * STATE) // hopper.COLUMNS
 
 
 def shape_obstacle(width: int, heads: int, headdim: int, state: int, groups: int) -> str | None:
@@ -149,7 +145,7 @@ class Sizes:
 
 def sizes_of(width: int, inner: int) -> Sizes:
     pieces = _pieces(width, inner)
-    return Sizes(width, inner, width // DEPTH, 2 * inner // COLUMNS, PROGRAMS, pieces, inner // pieces)
+    return Sizes(width, inner, width // hopper.DEPTH, 2 * inner // hopper.COLUMNS, PROGRAMS, pieces, inner // pieces)
 
 
 def outputs_of(sizes: Sizes, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -158,8 +154,8 @@ def outputs_of(sizes: Sizes, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any
         "hidden": ((sizes.width,), dtype),
         "pieces": ((sizes.pieces, sizes.width), jnp.float32),
         "squares": ((1,), jnp.float32),
-        "waits": ((2,), jnp.int32),
-        "raw": ((sizes.programs * COLUMNS,), jnp.float32),
+        "waits": ((hopper.WAITS,), jnp.int32),
+        "raw": ((sizes.programs * hopper.COLUMNS,), jnp.float32),
         "dt": ((sizes.steps, HEADS), jnp.float32),
         "gated": ((sizes.inner,), dtype),
         "squared": ((sizes.inner,), jnp.float32),
@@ -172,13 +168,13 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
     me = jax.lax.axis_index("program")
     wide = jnp.float32
     dtype = hidden_in.dtype
-    of_out = sizes.width // COLUMNS
+    of_out = sizes.width // hopper.COLUMNS
 
     def scoped(x_tiles, w_tiles, bc, arrived):
         x_memory = x_tiles.ref
 
         # The sum of the layer before and its norm, by every program. Loaded before the first tile is asked for.
-        layout = _vector(sizes.width)
+        layout = hopper.vector(sizes.width)
         hidden, added, scale = (plgpu.load(ref, layout=layout) for ref in (hidden_in, added_in, weights["norm"]))
         parts = [plgpu.load(pieces_in.at[piece], layout=layout) for piece in range(pieces_in.shape[0])]
         factor = jax.lax.rsqrt(squares_in[0] / sizes.inner + gate_eps)
@@ -186,29 +182,29 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
         def fetch(weight, tile, row, column):
             """The tile-th copy of this program, of the weight's rows and columns from here on."""
             slot = jax.lax.rem(tile, SLOTS)
-            rows, columns = pl.ds(row, DEPTH), pl.ds(column, COLUMNS)
+            rows, columns = pl.ds(row, hopper.DEPTH), pl.ds(column, hopper.COLUMNS)
             plgpu.copy_gmem_to_smem(weight.at[rows, columns], w_tiles.at[slot], arrived.at[slot])
 
         def fetch_first(tile):
             @pl.when(me < sizes.strips)
             def _():
-                fetch(weights["zx"], tile, tile * DEPTH, me * COLUMNS)
+                fetch(weights["zx"], tile, tile * hopper.DEPTH, me * hopper.COLUMNS)
 
             @pl.when(me >= sizes.strips)
             def _():
-                fetch(weights["bc"], tile, tile * DEPTH, (me - sizes.strips) * COLUMNS)
+                fetch(weights["bc"], tile, tile * hopper.DEPTH, (me - sizes.strips) * hopper.COLUMNS)
 
         for tile in range(SLOTS):
             fetch_first(jnp.int32(tile))
         # Of the operand's rows the first alone is someone's.
         x_memory[...] = jnp.zeros(x_memory.shape, dtype)
-        _barrier()  # another thread writes the first
+        hopper.barrier()  # another thread writes the first
 
         stream = sum(parts[1:], parts[0])
         stream = (stream * factor).astype(dtype) + hidden
         total = (stream + added).astype(wide)
         mean = jnp.sum(total * total) / sizes.width
-        _store_operand(x_memory, (total * jax.lax.rsqrt(mean + eps) * scale.astype(wide)).astype(dtype))
+        hopper.store_operand(x_memory, (total * jax.lax.rsqrt(mean + eps) * scale.astype(wide)).astype(dtype))
         plgpu.commit_smem()
 
         # What the state's phase needs from far, behind the tiles: it is there before they are used up.
@@ -224,17 +220,8 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
         def multiply(total, tile, x_tile):
             slot = jax.lax.rem(tile, SLOTS)
             plgpu.barrier_wait(arrived.at[slot])
-            operand = x_tiles.at[:, pl.ds(x_tile * DEPTH, DEPTH)]
-            plgpu.wgmma(total, _turned(w_tiles.at[slot]), _turned(operand))
-
-        def product(body):
-            """(64,) float32: what `body` accumulates; of the 8 rows it multiplies all but the first are zero."""
-
-            def accumulate(total):
-                body(total)
-                return total[...]
-
-            return pl.run_scoped(accumulate, plgpu.ACC((COLUMNS, 8), wide)).sum(axis=1)
+            operand = x_tiles.at[:, pl.ds(x_tile * hopper.DEPTH, hopper.DEPTH)]
+            plgpu.wgmma(total, hopper.turned(w_tiles.at[slot]), hopper.turned(operand))
 
         # The time steps' weight is one strip; the first programs take a tile of it each.
         has_dt = (me < sizes.steps).astype(jnp.int32)
@@ -247,7 +234,7 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
 
                 @pl.when(following < sizes.steps + has_dt)
                 def _():
-                    _barrier()  # all warps have read the slot
+                    hopper.barrier()  # all warps have read the slot
 
                     @pl.when(following < sizes.steps)
                     def _():
@@ -255,20 +242,20 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
 
                     @pl.when(following >= sizes.steps)
                     def _():
-                        fetch(weights["dt"], following, me * DEPTH, 0)
+                        fetch(weights["dt"], following, me * hopper.DEPTH, 0)
 
                 return carry
 
             jax.lax.fori_loop(0, sizes.steps, turn, jnp.int32(0))
 
-        out["raw"][pl.ds(me * COLUMNS, COLUMNS)] = product(project).astype(dtype).astype(wide)
+        out["raw"][pl.ds(me * hopper.COLUMNS, hopper.COLUMNS)] = hopper.product(project).astype(dtype).astype(wide)
 
         @pl.when(has_dt == 1)
         def _():
-            out["dt"][me, :] = product(lambda total: multiply(total, jnp.int32(sizes.steps), me))
+            out["dt"][me, :] = hopper.product(lambda total: multiply(total, jnp.int32(sizes.steps), me))
 
-        _arrive(waits.at[0])
-        out_steps = sizes.depth // DEPTH
+        hopper.arrive(waits.at[0])
+        out_steps = sizes.depth // hopper.DEPTH
         piece, strip = me // of_out, jax.lax.rem(me, of_out)
 
         def fetch_out(first, last):
@@ -278,12 +265,12 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
                     fetch(
                         weights["out"],
                         sizes.steps + has_dt + index,
-                        piece * sizes.depth + index * DEPTH,
-                        strip * COLUMNS,
+                        piece * sizes.depth + index * hopper.DEPTH,
+                        strip * hopper.COLUMNS,
                     )
 
         fetch_out(0, DURING_WAIT)
-        _wait(waits.at[0], sizes.programs)
+        hopper.wait(waits.at[0], sizes.programs)
 
         @pl.when(me >= HEADS)
         def _():
@@ -315,26 +302,28 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
             for tap, moved in enumerate((*taps_x[1:], x_now.astype(dtype))):
                 window_x[tap, channels] = moved
 
-        _arrive(waits.at[1])
+        hopper.arrive(waits.at[1])
         fetch_out(DURING_STATE, out_steps)
-        _wait(waits.at[1], sizes.programs)
+        hopper.wait(waits.at[1], sizes.programs)
 
         @pl.when(me < sizes.strips)
         def _():
-            gated = plgpu.load(out["gated"].at[pl.ds(piece * sizes.depth, sizes.depth)], layout=_vector(sizes.depth))
-            _store_operand(x_memory, gated)
+            gated = plgpu.load(
+                out["gated"].at[pl.ds(piece * sizes.depth, sizes.depth)], layout=hopper.vector(sizes.depth)
+            )
+            hopper.store_operand(x_memory, gated)
             plgpu.commit_smem()
 
             def project_out(total):
                 for index in range(out_steps):
                     multiply(total, sizes.steps + has_dt + index, index)
 
-            out["pieces"][piece, pl.ds(strip * COLUMNS, COLUMNS)] = product(project_out)
+            out["pieces"][piece, pl.ds(strip * hopper.COLUMNS, hopper.COLUMNS)] = hopper.product(project_out)
 
         # The programs of B and C have no part in that.
         @pl.when(me == sizes.strips)
         def _():
-            out["squares"][0] = jnp.sum(plgpu.load(out["squared"], layout=_vector(sizes.inner)))
+            out["squares"][0] = jnp.sum(plgpu.load(out["squared"], layout=hopper.vector(sizes.inner)))
 
         @pl.when(me == sizes.strips + 1)
         def _():
@@ -345,21 +334,16 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
         @pl.when(me == sizes.strips + 2)
         def _():
             out["hidden"][...] = stream
-            for place in range(2):
+            for place in range(hopper.WAITS):
                 out["waits"][place] = jnp.int32(0)
 
     pl.run_scoped(
         scoped,
-        plgpu.SMEM((8, sizes.width), dtype, transforms=_TILED),
-        plgpu.SMEM((SLOTS, DEPTH, COLUMNS), dtype, transforms=_TILED),
+        plgpu.SMEM((8, sizes.width), dtype, transforms=hopper.TILED),
+        plgpu.SMEM((SLOTS, hopper.DEPTH, hopper.COLUMNS), dtype, transforms=hopper.TILED),
         plgpu.SMEM((2 * STATE,), wide),
         plgpu.Barrier(num_barriers=SLOTS),
     )
-
-
-def _vector(size: int) -> Any:
-    """The layout of a vector that all threads share, four neighbours each."""
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=4)
 
 
 def _row(ref: Any) -> jax.Array:
@@ -381,10 +365,6 @@ def _spread(values: jax.Array, axis: int) -> jax.Array:
     return plgpu.layout_cast(jax.lax.broadcast_in_dim(values, (HEADDIM, STATE), (axis,)), plgpu.Layout.WGMMA)
 
 
-def _turned(ref: Any) -> Any:
-    return ref.transpose((1, 0))
-
-
 def _convolved(taps: list[jax.Array], now: jax.Array, kernel: list[jax.Array], bias: jax.Array) -> jax.Array:
     total = bias.astype(jnp.float32)
     for weight, reached in zip(kernel, [*taps, now], strict=True):
@@ -399,71 +379,3 @@ def _softplus(x: jax.Array) -> jax.Array:
     lost = above == 1.0
     log1p = jnp.where(lost, small, jnp.log(above) * small / jnp.where(lost, 1.0, above - 1.0))
     return jnp.maximum(x, 0.0) + log1p
-
-
-def _store_operand(memory: Any, values: jax.Array) -> None:
-    """values (K,) into the first row of the matrix units' operand, tiles (1, K / 64, 8, 64): swizzling leaves it be."""
-    size = values.shape[0]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _vector(size)))
-    def store(_, ref, array):
-        base = mgpu.utils.memref_ptr(ref)
-        thread = arith.remui(mgpu.thread_idx(), _int(128))
-        for index, register in enumerate(array.registers.flat):
-            place = arith.addi(arith.muli(thread, _int(4)), _int(512 * index))
-            tile, within = arith.divui(place, _int(COLUMNS)), arith.remui(place, _int(COLUMNS))
-            offset = arith.addi(arith.muli(tile, _int(8 * COLUMNS)), within)
-            # The dialect's mark of an index that is given at run time.
-            dynamic = -(2**31)
-            element = ir.VectorType(register.type).element_type
-            at = llvm.getelementptr(base.type, base, [offset], [dynamic], element, llvm.GEPNoWrapFlags.none)
-            llvm.store(register, at)
-
-    store(memory, values)
-
-
-def _int(value: int) -> ir.Value:
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-
-def _barrier() -> None:
-    """All threads of the program."""
-
-    @plgpu.inline_mgpu()
-    def barrier(_):
-        mgpu.utils.warpgroup_barrier()
-
-    barrier()
-
-
-def _arrive(count: Any) -> None:
-    """This program has written what it had to."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def arrive(_, ref):
-        mgpu.utils.warpgroup_barrier()
-        _by_one_thread("red.release.gpu.global.add.u32 [$0], 1;", ref)
-
-    arrive(count)
-
-
-def _wait(count: Any, programs: int) -> None:
-    """Until so many programs have arrived; what they wrote before can be read then."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(_, ref):
-        _by_one_thread(
-            "{ .reg .pred few; .reg .u32 count; again: ld.acquire.gpu.global.u32 count, [$0]; "
-            f"setp.lt.u32 few, count, {programs}; @few bra again; }}",
-            ref,
-        )
-        mgpu.utils.warpgroup_barrier()
-
-    wait(count)
-
-
-def _by_one_thread(ptx: str, ref: ir.Value) -> None:
-    with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-        void = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(void, [mgpu.utils.memref_ptr(ref)], ptx, "l,~{memory}", has_side_effects=True)
