@@ -60,9 +60,9 @@ def test_sizes(sizes, found):
 
 def test_tiles_fit():
     """What the kernel's loops count on."""
-    slots = feed_forward_gpu.SLOTS
-    assert feed_forward_gpu._O <= slots <= feed_forward_gpu._WIDE
-    assert slots <= feed_forward_gpu._O + feed_forward_gpu.DURING_FIRST_WAIT <= feed_forward_gpu._O + slots
+    slots, first = feed_forward_gpu.SLOTS, feed_forward_gpu._O + feed_forward_gpu.DURING_FIRST_WAIT
+    assert slots <= feed_forward_gpu._WIDE
+    assert slots <= first <= feed_forward_gpu._LOW + slots
     assert slots >= feed_forward_gpu.DURING_SECOND_WAIT
     assert feed_forward_gpu._LINEAR_STEPS <= slots <= feed_forward_gpu._DOWN_STEPS
     assert feed_forward_gpu._OF_LOW <= feed_forward_gpu.PROGRAMS == 128
