@@ -93,16 +93,12 @@ def rotate_and_store(
             return plgpu.load(ref.at[row, jnp.minimum(column, ref.shape[1] - 1)])
 
         def halves(name, head):
-            results = []
-            for first in (0, half):
-                column = head * head_dim + first + within
-                result = read(given[name], column)
-                if low_rank is not None:
-                    result = result.astype(jnp.float32) + _adapter(
-                        given[f"low_{name}"], given[f"up_{name}"], column, row, result.dtype
-                    )
-                results.append(result.astype(jnp.float32))
-            return results
+            columns = [head * head_dim + first + within for first in (0, half)]
+            results = [read(given[name], column) for column in columns]
+            if low_rank is not None:
+                added = _adapter(given[f"low_{name}"], given[f"up_{name}"], columns, row, results[0].dtype)
+                results = [result.astype(jnp.float32) + more for result, more in zip(results, added, strict=True)]
+            return [result.astype(jnp.float32) for result in results]
 
         def rotated(name, head):
             first, second = halves(name, head)
@@ -149,24 +145,30 @@ def rotate_and_store(
     )
 
 
-def _adapter(low, up, column, row, dtype):
-    """The low-rank product for some columns, rounded as the plain form rounds it: (row block, columns) float32."""
+def _adapter(low, up, columns, row, dtype):
+    """The low-rank product for some columns each, rounded as the plain form rounds it: (row block, columns) float32.
+
+    All is asked for before anything is computed with: a program has little to read, and would wait for it twice.
+    """
     rank = low.shape[1]
     depth = min(128, pl.next_power_of_2(rank))
-    block, width = row.shape[0], column.shape[1]
-    total = jnp.zeros((block, width), jnp.float32)
+    block = row.shape[0]
+    totals = [jnp.zeros((block, column.shape[1]), jnp.float32) for column in columns]
     for first in range(0, rank, depth):
         offset = first + jnp.arange(depth, dtype=jnp.int32)
         inside = offset < rank
         offset = jnp.minimum(offset, rank - 1)
+        tiles = [plgpu.load(up.at[offset[:, None], jnp.minimum(column, up.shape[1] - 1)]) for column in columns]
         left = plgpu.load(low.at[row, offset[None, :]])
         left = jnp.where(inside[None, :], left, jnp.zeros((), left.dtype))
-        right = plgpu.load(up.at[offset[:, None], jnp.minimum(column, up.shape[1] - 1)])
         if block == 1:
-            total += (left.astype(jnp.float32).reshape(depth, 1) * right.astype(jnp.float32)).sum(axis=0)[None, :]
+            factors = left.astype(jnp.float32).reshape(depth, 1)
+            products = [(factors * right.astype(jnp.float32)).sum(axis=0)[None, :] for right in tiles]
         else:
-            total += plgpu.dot(left.astype(right.dtype), right, precision=jax.lax.Precision.HIGHEST)
-    return total.astype(dtype).astype(jnp.float32)
+            highest = jax.lax.Precision.HIGHEST
+            products = [plgpu.dot(left.astype(right.dtype), right, precision=highest) for right in tiles]
+        totals = [total + product for total, product in zip(totals, products, strict=True)]
+    return [total.astype(dtype).astype(jnp.float32) for total in totals]
 
 
 def splits(rows: int, kv_heads: int) -> int:
