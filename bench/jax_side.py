@@ -218,8 +218,7 @@ def _context(case: Case, _: int, __: str | None) -> Samples:
         token, cache = step(leaves, cache, filled)
         return token
 
-    samples = time_runs(run, jax.block_until_ready)
-    return Samples(tuple(seconds / _STEPS for seconds in samples.seconds), samples.first_call_seconds)
+    return time_runs(run, jax.block_until_ready).per(_STEPS)
 
 
 _CONTEXT_PROGRAMS: dict[str, Callable[..., Any]] = {}

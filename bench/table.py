@@ -18,7 +18,19 @@ _BLOCK = re.compile(r"<!-- bench table:(?P<names>[^>]*?) -->\n(?P<body>.*?)" + r
 NONE = "–"  # noqa: RUF001 (a dash in a cell)
 NOTHING = "No result file is kept yet.\n"
 
-_COLUMNS = ("case", "time", "tokens/s", "limit", "share", "PyTorch", "ratio", "memory", "PyTorch's", "first call")
+_COLUMNS = (
+    "case",
+    "time",
+    "alone",
+    "tokens/s",
+    "limit",
+    "share",
+    "PyTorch",
+    "ratio",
+    "memory",
+    "PyTorch's",
+    "first call",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -175,6 +187,7 @@ def _row(case: dict[str, Any]) -> tuple[str, ...]:
     return (
         case["name"],
         _time(ours),
+        _seconds_or_nothing(ours.get("alone_seconds")) if good else NONE,
         _count(ours["tokens_per_second"]) if good else NONE,
         seconds(case["limit"]["seconds"]) if case["limit"] else NONE,
         f"{ours['share_of_limit']:.0%}" if good and ours["share_of_limit"] is not None else NONE,

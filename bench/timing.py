@@ -11,20 +11,36 @@ from typing import Any
 
 REPEATS = 5
 # A sample is of at least this many seconds: launches are queued one after another, so that a device never waits for
-# Python, as it would if each were waited for.
-_SAMPLE_SECONDS = 0.02
+# Python, as it would if each were waited for. The first launch of a prompt takes 2 ms to reach a GPU, which are to be
+# lost in a sample; `Samples.alone` has them.
+_SAMPLE_SECONDS = 0.1
 _MOST_QUEUED = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Seconds of one run, several times, and of the first run, which compiles."""
+    """Seconds of one run, several times.
+
+    Attributes:
+        seconds: as one of many, where runs are queued.
+        first_call_seconds: of the first run, which compiles.
+        alone: of runs that were waited for each, as a caller does who needs the result; empty where not measured.
+    """
 
     seconds: tuple[float, ...]
     first_call_seconds: float | None = None
+    alone: tuple[float, ...] = ()
+
+    def per(self, count: int) -> Samples:
+        """Of one of `count` equal steps that a run consists of."""
+        return Samples(
+            tuple(seconds / count for seconds in self.seconds),
+            self.first_call_seconds,
+            tuple(seconds / count for seconds in self.alone),
+        )
 
     def summary(self) -> dict[str, Any]:
-        """Median, least, and (greatest - least) / median."""
+        """Median, least, and (greatest - least) / median; the median alone."""
         middle = statistics.median(self.seconds)
         return {
             "seconds": middle,
@@ -32,6 +48,7 @@ class Samples:
             "spread": (max(self.seconds) - min(self.seconds)) / middle,
             "samples": len(self.seconds),
             "first_call_seconds": self.first_call_seconds,
+            "alone_seconds": statistics.median(self.alone) if self.alone else None,
         }
 
 
@@ -39,12 +56,14 @@ def time_runs(run: Callable[[], Any], wait: Callable[[Any], object], repeats: in
     """Times `run`; `wait` blocks until what a run returned is there.
 
     The first run is kept apart, the second is thrown away. A sample is of as many runs as make it long enough, waited
-    for once.
+    for once; where one does, it was alone.
     """
     first = _seconds(run, wait, 1)
     estimate = _seconds(run, wait, 1)
     queued = max(1, min(_MOST_QUEUED, math.ceil(_SAMPLE_SECONDS / estimate)))
-    return Samples(tuple(_seconds(run, wait, queued) / queued for _ in range(repeats)), first)
+    samples = tuple(_seconds(run, wait, queued) / queued for _ in range(repeats))
+    alone = samples if queued == 1 else tuple(_seconds(run, wait, 1) for _ in range(repeats))
+    return Samples(samples, first, alone)
 
 
 def time_steps(run: Callable[[int], object], few: int, more: int, repeats: int = REPEATS) -> Samples:

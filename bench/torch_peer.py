@@ -170,8 +170,7 @@ def _context(case: Case, _: int, __: str | None) -> Samples:
                 token = outputs.logits[:, -1:].argmax(-1)
                 outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
 
-        samples = time_runs(steps, _wait)
-    return Samples(tuple(seconds / _STEPS for seconds in samples.seconds), samples.first_call_seconds)
+        return time_runs(steps, _wait).per(_STEPS)
 
 
 def _ssd(case: Case, _: int, __: str | None) -> Samples:

@@ -13,6 +13,7 @@ MEASURED = {
     "spread": 0.1,
     "samples": 5,
     "first_call_seconds": 12.0,
+    "alone_seconds": 0.005,
     "tokens_per_second": 2_048_000.0,
     "share_of_limit": 0.5,
     "peak_bytes": 3_210_000_000,

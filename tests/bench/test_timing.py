@@ -48,10 +48,12 @@ def test_short_runs_are_queued_and_waited_for_once(clock):
         waits.append(clock.now)
 
     samples = timing.time_runs(run, wait)
-    # The second run took 1/256 s: six make a sample of 20 ms or more, with one wait in it.
-    assert samples.seconds == pytest.approx((7 / 6 * 2**-9,) * timing.REPEATS)
+    # The second run took 1/256 s: 26 make a sample of 0.1 s or more, with one wait in it.
+    assert samples.seconds == pytest.approx((27 / 26 * 2**-9,) * timing.REPEATS)
+    assert samples.alone == (2 * 2**-9,) * timing.REPEATS
+    assert samples.per(2).alone == (2**-9,) * timing.REPEATS
     assert samples.first_call_seconds == 3.0 + 2**-9
-    assert len(waits) == 2 + timing.REPEATS
+    assert len(waits) == 2 + 2 * timing.REPEATS
 
 
 def test_a_summary_is_median_least_and_spread():
@@ -62,4 +64,6 @@ def test_a_summary_is_median_least_and_spread():
         "spread": 1.5,
         "samples": 3,
         "first_call_seconds": 9.0,
+        "alone_seconds": None,
     }
+    assert timing.Samples((4.0,), alone=(5.0, 6.0, 9.0)).summary()["alone_seconds"] == 6.0
