@@ -170,6 +170,36 @@ class TestMixerConvs:
         cotangents = tuple(normal(random, batch, *shape) for shape in shapes)
         assert_same(function, arguments, static={}, cotangents=cotangents)
 
+    @pytest.mark.parametrize("case", ["plain", "window", "runs and segments"])
+    def test_columns_behind_b_and_c(self, case):
+        """What is not convolved is handed on, and its gradient comes back with that of B and C in one array."""
+        random = np.random.default_rng(0)
+        batch, length, others = 3, 19, 3
+        arguments = self.arguments(random, batch, length, windows=case != "plain")
+        bc = arguments.pop("bc").reshape(batch, length, -1)
+        arguments["columns"] = np.concatenate([bc, normal(random, batch, length, others)], axis=2)
+        integers, mask = rows_of(case, random, batch, length)
+
+        def function(arguments, **options):
+            convs = dict(arguments)
+            columns = convs.pop("columns")
+            results = mixer_convs(bc=columns, **convs, **integers, activation="silu", **options)
+            assert results.behind.shares_gradient == (options["implementation"] == "pallas_gpu")
+            x, B, C = (array * mask[..., None] for array in results[:3])
+            return x, B, C, *results.windows, results.behind.last(others)
+
+        inner, state, window = self.INNER, self.STATE, self.WIDTH - 1
+        shapes = (
+            (length, inner),
+            (length, state),
+            (length, state),
+            (window, inner),
+            (window, 2, state),
+            (length, others),
+        )
+        cotangents = tuple(normal(random, batch, *shape) for shape in shapes)
+        assert_same(function, arguments, static={}, cotangents=cotangents)
+
     def test_windows_are_of_their_inputs_dtypes(self):
         arguments = self.arguments(np.random.default_rng(0), 1, 5, windows=False)
         arguments["bc"] = arguments["bc"].astype(jnp.bfloat16)
@@ -198,6 +228,10 @@ class TestMixerConvs:
             (
                 {"bc": jnp.zeros((1, 4, 2, 5))},
                 r"bc has shape \(1, 4, 2, 5\); it must be \(b, l, 2, s\) = \(1, 3, 2, 's'\)",
+            ),
+            (
+                {"bc": jnp.zeros((1, 3, 9))},
+                r"bc has shape \(1, 3, 9\); .* \(b, l, w\) with at least the columns of conv_bc, .* \(4, 2, 5\)",
             ),
             ({"conv_x": (jnp.zeros((4, 5)), None)}, r"kernel has shape \(4, 5\); .* channels \(7,\)"),
             ({"conv_bc": (jnp.zeros((3, 2, 5)), None)}, "conv_bc has 3 taps and conv_x 4; they must have as many"),

@@ -12,7 +12,8 @@ import torch
 from transformers.models.zamba2 import modeling_zamba2 as oracle
 
 from zamba2_jax.ops._platform import platform
-from zamba2_jax.ops.ssd import advance_state, api, chunked, pallas_gpu, ssd, ssd_step, time_step
+from zamba2_jax.ops.gate import Behind
+from zamba2_jax.ops.ssd import RawSteps, advance_state, api, chunked, pallas_gpu, ssd, ssd_step, time_step
 from zamba2_jax.ops.ssd.api import CPU_CHUNK_SIZE, FUSED, IMPLEMENTATIONS
 
 # Float32 results are compared with float64 ones, relative to the largest entry. A sum of N products rounds to about
@@ -243,6 +244,95 @@ class TestChoice:
     def test_only_kernels_are_interpreted(self, name):
         with pytest.raises(ValueError, match=f"interpret is True with implementation {name!r}; it is for a named"):
             ssd(**inputs(13), implementation=name, interpret=True)
+
+
+# The fused kernel for GPUs, interpreted where there is none.
+KERNEL = {"implementation": "pallas_gpu", "interpret": platform() != "gpu"}
+
+
+class TestRawSteps:
+    """The kernel for GPUs makes dt and A itself, of columns that lie behind others."""
+
+    HEADS, BEFORE = 3, 4
+
+    def raw(self, columns, bias, A_log, mask, limit, shares_gradient):
+        return RawSteps(Behind(columns, shares_gradient), bias, A_log, mask, limit)
+
+    def arguments(self, length, batch=2):
+        random = np.random.default_rng(0)
+        arguments = inputs(length, batch=batch, group_heads=self.HEADS)
+        arguments |= {
+            "columns": random.standard_normal((batch, length, self.BEFORE + self.HEADS)).astype(np.float32),
+            "bias": random.standard_normal(self.HEADS).astype(np.float32),
+            "A_log": random.standard_normal(self.HEADS).astype(np.float32),
+        }
+        return {name: array for name, array in arguments.items() if name not in ("dt", "A")}
+
+    @pytest.mark.parametrize(
+        ("length", "limit", "masked", "packed"),
+        [(LENGTH, None, False, False), (LONG, (0.3, 1.5), True, True), (8 * 4 * pallas_gpu.CHUNK, None, True, False)],
+        ids=["plain", "limit, mask and segments", "row in parts"],
+    )
+    def test_values_and_gradients(self, length, limit, masked, packed):
+        batch = 1 if length > LONG else 2
+        arguments = self.arguments(length, batch)
+        random = np.random.default_rng(1)
+        mask = random.random((batch, length)) < 0.8 if masked else None
+        ids = np.cumsum(random.random((batch, length)) < 0.05, axis=1) if packed else None
+        cotangent = random.standard_normal(arguments["x"].shape).astype(np.float32)
+
+        def total(arguments, raw):
+            rest = dict(arguments)
+            steps = self.raw(*(rest.pop(name) for name in ("columns", "bias", "A_log")), mask, limit, raw)
+            dt, A = (steps, None) if raw else steps.made()
+            y, state = ssd(dt=dt, A=A, segment_ids=ids, **rest, **KERNEL)
+            return jnp.sum(y * cotangent) + jnp.sum(jnp.sin(state)), (y, state)
+
+        program = str(jax.make_jaxpr(lambda arguments: total(arguments, True))(arguments))
+        assert program.count("name=ssd_prepare") == 1
+        assert program.count("name=ssd_last_states") == (length > LONG)
+        run = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+        (_, ours), gradients = run(arguments, True)
+        (_, wanted), wanted_gradients = run(arguments, False)
+        jax.tree.map(assert_near, ours, wanted)
+        for name, gradient in gradients.items():
+            if name == "columns":  # what lies before the steps is another's to write
+                gradient, wanted_gradients[name] = (g[..., self.BEFORE :] for g in (gradient, wanted_gradients[name]))
+            assert_near(gradient, wanted_gradients[name], GRADIENT_TOLERANCE)
+
+    def test_bfloat16_columns(self):
+        arguments = self.arguments(LENGTH)
+        steps = self.raw(
+            jnp.asarray(arguments.pop("columns"), jnp.bfloat16), *self.of_heads(arguments), None, None, True
+        )
+        wanted = ssd(**arguments, **dict(zip(("dt", "A"), steps.made(), strict=True)), **KERNEL)
+        jax.tree.map(assert_near, ssd(**arguments, dt=steps, A=None, **KERNEL), wanted)
+
+    def test_others_are_given_made_ones(self):
+        """A gradient that nobody completes is not left in pieces, and only the kernel knows raw steps."""
+        arguments = self.arguments(LENGTH)
+        columns, of_heads = arguments.pop("columns"), self.of_heads(arguments)
+        for form, shares in ((KERNEL, False), ({"implementation": "chunked"}, True)):
+
+            def total(columns, form=form, shares=shares):
+                return jnp.sum(ssd(**arguments, dt=self.raw(columns, *of_heads, None, None, shares), A=None, **form)[0])
+
+            gradient = jax.grad(total)(columns)
+            assert np.all(gradient[..., : self.BEFORE] == 0)
+            assert np.all(gradient[..., self.BEFORE :] != 0)
+
+    def test_errors(self):
+        arguments = self.arguments(LENGTH)
+        columns, of_heads = arguments.pop("columns"), self.of_heads(arguments)
+        with pytest.raises(
+            ValueError, match=r"A has shape \(3,\) and dt is made with an A_log of its own; A must be None"
+        ):
+            ssd(**arguments, dt=self.raw(columns, *of_heads, None, None, True), A=of_heads[1])
+        with pytest.raises(ValueError, match=r"dt has shape \(2, 23, 2\)"):
+            ssd(**arguments, dt=self.raw(columns, *(array[:2] for array in of_heads), None, None, True), A=None)
+
+    def of_heads(self, arguments):
+        return arguments.pop("bias"), arguments.pop("A_log")
 
 
 class TestHandOver:

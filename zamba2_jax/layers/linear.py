@@ -62,6 +62,24 @@ class Linear(nnx.Module):
         return self.kernel[...]
 
 
+def side_by_side(x: jax.Array, *layers: Linear) -> jax.Array:
+    """x (..., in) -> (..., columns): what each layer makes of it, flat, one behind the other, by one product."""
+
+    def flat(array: jax.Array, axes: int) -> jax.Array:
+        return array.reshape(*array.shape[:axes], -1)
+
+    dtype = layers[0].dtype
+    kernels = [flat(layer.kernel[...].astype(dtype), 1) for layer in layers]
+    y = product(x.astype(dtype), jnp.concatenate(kernels, axis=1), (None, None))
+    if all(layer.bias is None for layer in layers):
+        return y
+    biases = [
+        jnp.zeros(kernel.shape[1], dtype) if layer.bias is None else flat(layer.bias[...].astype(dtype), 0)
+        for layer, kernel in zip(layers, kernels, strict=True)
+    ]
+    return y + jnp.concatenate(biases)
+
+
 def look_up(take: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
     """`take(ids)`, (b, l) to (b, l, d), in an embedding that devices store in parts.
 

@@ -11,14 +11,15 @@ from jaxtyping import Array, Bool, Float
 from zamba2_jax.cache import MambaState
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.layers import decoding
-from zamba2_jax.layers.linear import DepthwiseConv, Linear, param
+from zamba2_jax.layers.linear import DepthwiseConv, Linear, param, side_by_side
 from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import GatedRMSNorm, RMSNorm
 from zamba2_jax.layers.projection import apart, projection, together
+from zamba2_jax.ops._platform import fused_gpu_obstacle
 from zamba2_jax.ops.conv import causal_conv_step, mixer_convs
 from zamba2_jax.ops.gate import Gate, X
-from zamba2_jax.ops.ssd import ssd, ssd_step, time_step
-from zamba2_jax.sharding import constrain
+from zamba2_jax.ops.ssd import RawSteps, ssd, ssd_step, time_step
+from zamba2_jax.sharding import automatic_axes, constrain
 from zamba2_jax.tentative import MambaSteps
 from zamba2_jax.tokens import TokenLayout
 
@@ -78,11 +79,15 @@ class Mamba2Mixer(nnx.Module):
 
         # One token is served best by one product of all three.
         rest = hidden if hidden.shape[1] == 1 else apart(hidden)
-        in_proj = (self.zx_proj(hidden), self.bc_proj(rest), self.dt_proj(rest))
-        zx, bc, raw_dt = with_lora(in_proj, "in_proj", rest, dropout_key, self.lora)
-        zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
-        bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
-        raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
+        if self._reads_columns(hidden, layout):
+            zx = projection(self.zx_proj(hidden))
+            bc, raw_dt = projection(side_by_side(rest, self.bc_proj, self.dt_proj)), None
+        else:
+            in_proj = (self.zx_proj(hidden), self.bc_proj(rest), self.dt_proj(rest))
+            zx, bc, raw_dt = with_lora(in_proj, "in_proj", rest, dropout_key, self.lora)
+            zx = projection(constrain(zx, "batch", "length", None, "mamba_inner"))
+            bc = projection(constrain(bc, "batch", "length", None, "mamba_groups"))
+            raw_dt = projection(constrain(raw_dt, "batch", "length", "mamba_heads"))
 
         if state is not None and layout.is_step:
             y, state = self._step(zx, bc, raw_dt, layout, state)
@@ -92,15 +97,23 @@ class Mamba2Mixer(nnx.Module):
         y = self.norm(y, gate)
         return with_lora(self.out_proj(y), "out_proj", y, dropout_key, self.lora), state
 
+    def _reads_columns(self, hidden: Float[Array, "b l d"], layout: TokenLayout) -> bool:
+        """Whether B, C and the raw time steps are left in one product, whose columns the kernels read: of many tokens
+        on one GPU."""
+        if hidden.shape[1] == 1 or layout.tentative or (self.lora is not None and "in_proj" in self.lora):
+            return False
+        plain = all(type(layer) is Linear for layer in (self.bc_proj, self.dt_proj))
+        return plain and fused_gpu_obstacle() is None and math.prod(automatic_axes().values()) == 1
+
     def _sequence(
         self,
         zx: Float[Array, "b l 2 inner"],
-        bc: Float[Array, "b l 2 groups_state"],
-        raw_dt: Float[Array, "b l h"],
+        bc: Float[Array, "b l 2 groups_state"] | Float[Array, "b l columns"],
+        raw_dt: Float[Array, "b l h"] | None,
         layout: TokenLayout,
         state: MambaState | None,
     ) -> tuple[Float[Array, "b l inner"], Gate, MambaState | MambaSteps | None]:
-        x, B, C, windows, gate = mixer_convs(
+        x, B, C, windows, gate, behind = mixer_convs(
             zx,
             bc,
             self._conv_params(self.conv_x),
@@ -116,8 +129,12 @@ class Mamba2Mixer(nnx.Module):
             x = jnp.where(layout.token_mask[..., None], x, 0)
 
         by_head, B = self._by_head(x), self._by_group(B)
-        dt = time_step(raw_dt, self.dt_bias[...], limit=self.config.time_step_limit, mask=layout.time_mask)
-        A = -jnp.exp(self.A_log[...])
+        if behind is not None:
+            limit = self.config.time_step_limit
+            dt, A = RawSteps(behind, self.dt_bias[...], self.A_log[...], layout.time_mask, limit), None
+        else:
+            dt = time_step(raw_dt, self.dt_bias[...], limit=self.config.time_step_limit, mask=layout.time_mask)
+            A = -jnp.exp(self.A_log[...])
         y, ssm = ssd(
             by_head,
             dt,

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, check_shape
 from zamba2_jax.ops._mesh import on_each_device
 from zamba2_jax.ops._platform import fused_gpu_obstacle
-from zamba2_jax.ops.gate import Gate, X
+from zamba2_jax.ops.gate import Behind, Gate, X
 from zamba2_jax.sharding import BATCH_AXES, RULES, automatic_axes, dividing, length_axis, length_parts
 
 Activation = Literal["silu"]
@@ -102,6 +102,7 @@ class MixerConvs(NamedTuple):
         windows: ((b, k-1, e), (b, k-1, 2, s)), those after the run of what x and of what B and C were made of; None
             unless they were wanted.
         gate: z.
+        behind: the columns behind B and C, or None where there are none.
     """
 
     x: jax.Array
@@ -109,6 +110,7 @@ class MixerConvs(NamedTuple):
     C: jax.Array
     windows: tuple[jax.Array, jax.Array] | None
     gate: Gate
+    behind: Behind | None
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "keep_windows", "implementation", "interpret"))
@@ -134,7 +136,7 @@ def mixer_convs(
 
     Args:
       zx: (b, l, 2, e), z and x; only x is convolved.
-      bc: (b, l, 2, s), B and C.
+      bc: (b, l, 2, s), B and C; or (b, l, w), these 2 s columns first and then others, which are not convolved.
       conv_x, conv_bc: kernels (k, e) and (k, 2, s), each with its bias (e,) and (2, s) or None.
       initial_windows: ((b, k-1, e), (b, k-1, 2, s)) or None for zeros.
       keep_windows: whether the windows after the run are wanted.
@@ -147,10 +149,21 @@ def mixer_convs(
     if zx.ndim != 4 or zx.shape[2] != 2:
         raise ValueError(f"zx has shape {zx.shape}; it must be (b, l, 2, e)")
     batch, length, _, inner = zx.shape
-    if bc.ndim != 4 or bc.shape[:3] != zx.shape[:3]:
-        raise ValueError(f"bc has shape {bc.shape}; it must be (b, l, 2, s) = {(batch, length, 2, 's')}")
+    kernel_bc = conv_bc[0]
+    both = list(kernel_bc.shape[1:])
+    has_others = bc.ndim == 3 and bc.shape[:2] == zx.shape[:2] and len(both) == 2 and bc.shape[2] >= math.prod(both)
+    if not has_others and (bc.ndim != 4 or bc.shape[:3] != zx.shape[:3]):
+        raise ValueError(
+            f"bc has shape {bc.shape}; it must be (b, l, 2, s) = {(batch, length, 2, 's')}, or (b, l, w) with at least "
+            f"the columns of conv_bc, whose kernel has shape {kernel_bc.shape}"
+        )
+    behind = Behind(bc) if has_others else None
+    if has_others and math.prod(automatic_axes().values()) > 1:
+        # Devices that share B and C by groups would share all columns.
+        bc, has_others = _columns_of_bc(bc, both), False
+    only_bc = _columns_of_bc(bc, both) if has_others else bc
     width = _check_kernel(zx, *conv_x, [inner])
-    if _check_kernel(bc, *conv_bc, list(bc.shape[2:])) != width:
+    if _check_kernel(bc, *conv_bc, both if has_others else list(bc.shape[2:])) != width:
         raise ValueError(f"conv_bc has {conv_bc[0].shape[0]} taps and conv_x {width}; they must have as many")
     options = {"activation": activation, "implementation": implementation, "interpret": interpret}
     rows = {"run_start": run_start, "run_end": run_end, "segment_ids": segment_ids}
@@ -158,11 +171,12 @@ def mixer_convs(
     if not _takes_kernel(implementation, interpret) or (from_nothing and _is_spread(length, width)):
         windows = (None, None) if from_nothing else initial_windows
         x, window_x = causal_conv(zx[:, :, X], *conv_x, initial_window=windows[0], **rows, **options)
-        bc, window_bc = causal_conv(bc, *conv_bc, initial_window=windows[1], **rows, **options)
-        return MixerConvs(x, bc[:, :, 0], bc[:, :, 1], (window_x, window_bc) if keep_windows else None, Gate(zx))
+        bc, window_bc = causal_conv(only_bc, *conv_bc, initial_window=windows[1], **rows, **options)
+        windows = (window_x, window_bc) if keep_windows else None
+        return MixerConvs(x, bc[:, :, 0], bc[:, :, 1], windows, Gate(zx), behind)
 
     _check_rows(batch, length, **rows)
-    shapes = (batch, width - 1, inner), (batch, width - 1, *bc.shape[2:])
+    shapes = (batch, width - 1, inner), (batch, width - 1, *both)
     if not from_nothing:
         for index, (window, shape) in enumerate(zip(initial_windows, shapes, strict=True)):
             check_shape(f"initial_windows[{index}]", window, shape, "(b, k-1, ...channels)")
@@ -170,8 +184,7 @@ def mixer_convs(
         initial_windows = initial_windows[0].astype(zx.dtype), initial_windows[1].astype(bc.dtype)
 
     def streams(conv_gpu, channels):
-        inner, both = channels
-        state = both // 2
+        inner, state = channels[0], channels[1] // 2
         return [
             conv_gpu.Stream(source=0, offset=inner, kernel=0, first=0, channels=inner),
             conv_gpu.Stream(source=1, offset=0, kernel=1, first=0, channels=state),
@@ -180,7 +193,7 @@ def mixer_convs(
 
     # The kernel leaves the windows of whole rows alone.
     by_kernel = keep_windows and all(array is None for array in rows.values()) and length >= width - 1 > 0
-    (x, B, C), windows, for_gate = _fused(
+    (x, B, C), windows, (for_gate, *columns) = _fused(
         (zx, bc),
         *zip(conv_x, conv_bc, strict=True),
         (None, None) if from_nothing else initial_windows,
@@ -190,16 +203,24 @@ def mixer_convs(
         interpret,
         streams,
         keep_windows=by_kernel,
-        hand_on=0,
+        hand_on=(0, 1) if has_others else (0,),
     )
     if keep_windows and not by_kernel:
         if from_nothing:
             initial_windows = tuple(jnp.zeros(shape, of.dtype) for shape, of in zip(shapes, (zx, bc), strict=True))
         windows = tuple(
             _window_of_tokens(inputs, window, **rows)
-            for inputs, window in zip((zx[:, :, X], bc), initial_windows, strict=True)
+            for inputs, window in zip((zx[:, :, X], only_bc), initial_windows, strict=True)
         )
-    return MixerConvs(x, B, C, windows if keep_windows else None, Gate(for_gate, shares_gradient=True))
+    gate = Gate(for_gate, shares_gradient=True)
+    if has_others:
+        behind = Behind(*columns, shares_gradient=True)
+    return MixerConvs(x, B, C, windows if keep_windows else None, gate, behind)
+
+
+def _columns_of_bc(columns: jax.Array, both: list[int]) -> jax.Array:
+    """(b, l, w) to (b, l, *both)."""
+    return columns[..., : math.prod(both)].reshape(*columns.shape[:2], *both)
 
 
 def _is_spread(length: int, width: int) -> bool:
@@ -247,7 +268,7 @@ def _fused(
     streams,
     *,
     keep_windows=False,
-    hand_on=None,
+    hand_on=(),
 ):
     """`conv_gpu.convolve` on every device of a mesh for its own rows and channels.
 
@@ -297,7 +318,8 @@ def _fused(
         last = tuple(
             array.reshape(*array.shape[:2], *kernel.shape[1:]) for array, kernel in zip(last, kernels, strict=False)
         )
-        return ys, last, None if hand_on is None else handed_on.reshape(sources[hand_on].shape)
+        handed_on = tuple(array.reshape(sources[index].shape) for array, index in zip(handed_on, hand_on, strict=True))
+        return ys, last, handed_on
 
     rows, spreads = _split(batch, [kernel.shape[1:] for kernel in kernels])
     of_row = PartitionSpec(rows)
@@ -319,7 +341,7 @@ def _fused(
             of_row,
             of_row,
         ),
-        (of_ys, of_windows if keep_windows else (), None if hand_on is None else of_sources[hand_on]),
+        (of_ys, of_windows if keep_windows else (), tuple(of_sources[index] for index in hand_on)),
     )
 
 

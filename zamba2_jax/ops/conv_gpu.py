@@ -21,8 +21,9 @@ from jax.experimental.pallas import triton as plgpu
 
 # Tokens and channels per program, and tokens whose loads are on their way together.
 TOKENS, CHANNELS, TOGETHER = 64, 512, 8
-# Fewer tokens where there are fewer programs than this, which a large card has room for.
-_PROGRAMS, _FEW_TOKENS = 396, 16
+# Fewer tokens, forward and backward, where there are fewer programs than this, which a large card has room for. The
+# gradients of a stretch take k - 1 tokens more than it has: short ones cost more there.
+_PROGRAMS, _FEW_TOKENS, _FEW_TOKENS_BACKWARD = 396, 8, 16
 
 Arrays = tuple[jax.Array | None, ...]
 
@@ -60,17 +61,17 @@ class Options:
     """What does not change from call to call.
 
     Attributes:
-        streams: together all channels of all kernels, and of every source but the one handed on.
+        streams: together all channels of all kernels, and of every source but those handed on.
         activate: SiLU after the convolution.
         keep_windows: whether the last k - 1 inputs are wanted; of at least that many tokens, without start and segment.
-        hand_on: None, or which source is a result too, for others to read what is not convolved of it.
+        hand_on: which sources are results too, for others to read what is not convolved of them.
         interpret: run the body in plain JAX, on any device.
     """
 
     streams: tuple[Stream, ...]
     activate: bool
     keep_windows: bool
-    hand_on: int | None
+    hand_on: tuple[int, ...]
     interpret: bool
 
 
@@ -84,7 +85,7 @@ def convolve(
     segment: jax.Array | None,
     options: Options,
     plain: Callable[..., jax.Array],
-) -> tuple[Arrays, Arrays, jax.Array | None]:
+) -> tuple[Arrays, Arrays, Arrays]:
     """Several convolutions in one launch.
 
     Args:
@@ -95,8 +96,8 @@ def convolve(
         the gradient of the window, which training does not ask for and the compiler then removes.
 
     Returns:
-      For each stream (b,l,c). For each kernel the last inputs (b,k-1,c_k), or nothing. The source handed on, or None;
-      in its gradient, what others leave in the place of channels that are convolved is not looked at but written over.
+      For each stream (b,l,c). For each kernel the last inputs (b,k-1,c_k), or nothing. The sources handed on; in their
+      gradients, what others leave in the place of channels that are convolved is not looked at but written over.
     """
     return _forward(sources, kernels, biases, windows, start, segment, options)
 
@@ -223,7 +224,7 @@ class _Tokens:
 class _Call:
     """The operands of both passes by name with their blocks, and how the work is cut."""
 
-    def __init__(self, sources, kernels, biases, windows, start, segment, options: Options):
+    def __init__(self, sources, kernels, biases, windows, start, segment, options: Options, few_tokens: int):
         self.options = options
         self.batch, self.length = sources[0].shape[:2]
         self.width = kernels[0].shape[0]
@@ -236,7 +237,7 @@ class _Call:
         self.operands = {name: array for name, array in named.items() if array is not None}
         blocks, stretch = sum(stream.blocks for stream in options.streams), TOKENS
         if blocks * pl.cdiv(self.length, stretch) * self.batch < _PROGRAMS:
-            stretch = min(stretch, _FEW_TOKENS)
+            stretch = min(stretch, few_tokens)
         self.stretch = stretch
         self.grid = (blocks, pl.cdiv(self.length, stretch), self.batch)
 
@@ -300,7 +301,7 @@ class _Call:
 
 
 def _forward(sources, kernels, biases, windows, start, segment, options: Options):
-    call = _Call(sources, kernels, biases, windows, start, segment, options)
+    call = _Call(sources, kernels, biases, windows, start, segment, options, _FEW_TOKENS)
     length, width = call.length, call.width
 
     def body(refs, tokens, stream):
@@ -336,13 +337,13 @@ def _forward(sources, kernels, biases, windows, start, segment, options: Options
         }
     results = call.run("causal_conv", body, outputs)
     ys, last = (tuple(array for name, array in results.items() if name.startswith(kind)) for kind in ("y", "last"))
-    return ys, last, None if options.hand_on is None else sources[options.hand_on]
+    return ys, last, tuple(sources[index] for index in options.hand_on)
 
 
 def _backward(sources, kernels, biases, windows, start, segment, dys, handed_on, options: Options):
     """The gradients of the sources; of kernels (b,blocks,k,c) and biases (b,blocks,c), float32, to be added over their
     first two."""
-    call = _Call(sources, kernels, biases, windows, start, segment, options)
+    call = _Call(sources, kernels, biases, windows, start, segment, options, _FEW_TOKENS_BACKWARD)
     call.operands |= {f"dy{index}": dy for index, dy in enumerate(dys)}
     length, width = call.length, call.width
 
@@ -405,9 +406,9 @@ def _backward(sources, kernels, biases, windows, start, segment, dys, handed_on,
         outputs[f"dkernel{index}"] = call.sums(*kernel.shape)
         outputs[f"dbias{index}"] = call.sums(kernel.shape[1])
     written_into = {}
-    if options.hand_on is not None:
-        call.operands["handed_on"] = handed_on
-        written_into["handed_on"] = f"dsource{options.hand_on}"
+    for index, gradient in zip(options.hand_on, handed_on, strict=True):
+        call.operands[f"handed_on{index}"] = gradient
+        written_into[f"handed_on{index}"] = f"dsource{index}"
     results = call.run("causal_conv_backward", body, outputs, written_into)
     return tuple(
         tuple(array for name, array in results.items() if name.startswith(kind))

@@ -1,4 +1,4 @@
-"""The gate of a Mamba2 mixer where it lies: beside the recurrence's input, in the product that made both."""
+"""What of a Mamba2 mixer's products is not convolved, where it lies: beside what is, in the product that made both."""
 
 from __future__ import annotations
 
@@ -28,3 +28,20 @@ class Gate:
     @property
     def z(self) -> Float[Array, "b l e"]:
         return self.zx[:, :, Z]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Behind:
+    """The columns of a product that come after those of B and C.
+
+    Attributes:
+        columns: (b, l, w), all of them, of which only the last may be read through this object.
+        shares_gradient: as in `Gate`, with B and C in the place of x.
+    """
+
+    columns: Float[Array, "b l w"]
+    shares_gradient: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def last(self, count: int) -> Float[Array, "b l count"]:
+        return self.columns[..., self.columns.shape[2] - count :]

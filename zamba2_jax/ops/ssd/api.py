@@ -13,6 +13,7 @@ from zamba2_jax.ops._checks import check_choice, check_floating, check_integer, 
 from zamba2_jax.ops._platform import compute_capability, platform
 from zamba2_jax.ops.ssd import associative, chunked, reference
 from zamba2_jax.ops.ssd.partition import partitioned
+from zamba2_jax.ops.ssd.steps import RawSteps
 
 Implementation = Literal["reference", "scan", "chunked", "pallas_gpu", "pallas_tpu"]
 IMPLEMENTATIONS = ("reference", "scan", "chunked", "pallas_gpu", "pallas_tpu")
@@ -27,8 +28,8 @@ CPU_CHUNK_SIZE = 32
 @functools.partial(jax.jit, static_argnames=("chunk_size", "implementation", "interpret"))
 def ssd(
     x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
+    dt: jax.Array | RawSteps,
+    A: jax.Array | None,
     B: jax.Array,
     C: jax.Array,
     D: jax.Array | None = None,
@@ -51,7 +52,7 @@ def ssd(
       x: (b, l, h, p), floating. Matrix products are taken in its dtype and accumulated in float32; everything else is
         float32.
       dt: (b, l, h) time steps, not negative: `time_step` makes them. A token with dt = 0 leaves the state as it is and
-        adds nothing to it, so that zero marks padding.
+        adds nothing to it, so that zero marks padding. Or what they are made of, with A, which is then None.
       A: (h,), negative.
       B, C: (b, l, g, n), floating; cast to x.dtype by the chunked and the fused forms.
       D: (h,) or None, the skip connection.
@@ -82,6 +83,12 @@ def ssd(
         raise ValueError(f"interpret is True with implementation {implementation!r}; it is for a named fused kernel")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1")
+    raw = None
+    if isinstance(dt, RawSteps):
+        if A is not None:
+            raise ValueError(f"A has shape {A.shape} and dt is made with an A_log of its own; A must be None")
+        # Where a kernel reads dt raw, nobody reads these, and they are left out.
+        raw, (dt, A) = dt, dt.made()
     check_rank("x", x, 4, "(b, l, h, p)")
     batch, length, heads, headdim = x.shape
     if length < 1:
@@ -113,6 +120,9 @@ def ssd(
     dt, A, D, initial_state = _as_float32(dt, A, D, initial_state)
     if implementation in FUSED.values():
         kernel = functools.partial(_module(implementation).ssd, interpret=interpret)
+        # The gradient of what lies before the raw steps is left unwritten: only where somebody writes it.
+        if raw is not None and raw.behind.shares_gradient and implementation == "pallas_gpu":
+            return kernel(x, raw, None, B, C, D, initial_state, resets)
     else:
         if resets is None:
             resets = jnp.zeros((batch, length), bool)
@@ -195,45 +205,6 @@ def advance_state(state: jax.Array, x: jax.Array, dt: jax.Array, A: jax.Array, B
     inflow = (x * (dt * jnp.exp(after))[..., None]).reshape(batch, length, groups, -1, headdim)
     added = jnp.einsum("blgep,blgn->bgepn", inflow, B, precision=jax.lax.Precision.HIGHEST)
     return jnp.exp(jnp.sum(steps, axis=1))[..., None, None] * state + added.reshape(state.shape)
-
-
-@functools.partial(jax.jit, static_argnames=("limit",))
-def time_step(
-    dt: jax.Array,
-    dt_bias: jax.Array,
-    *,
-    limit: tuple[float, float] | None = None,
-    mask: jax.Array | None = None,
-) -> jax.Array:
-    """Makes the time steps of `ssd` from the projection's output: softplus(dt + dt_bias), in float32.
-
-    Args:
-      dt: (..., h), floating.
-      dt_bias: (h,).
-      limit: None, or (low, high) between which the steps are clipped.
-      mask: None, or (...) bool; steps are zero where it is False, so that those tokens pass no time.
-
-    Returns:
-      (..., h) float32.
-
-    Raises:
-      ValueError: a shape, dtype or limit that does not fit, naming the argument.
-    """
-    if dt.ndim < 1:
-        raise ValueError(f"dt has shape {dt.shape}; it must be (..., h)")
-    check_floating("dt", dt)
-    check_shape("dt_bias", dt_bias, dt.shape[-1:], "(h,)")
-    step = jax.nn.softplus(dt.astype(jnp.float32) + dt_bias.astype(jnp.float32))
-    if limit is not None:
-        if len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
-            raise ValueError(f"limit is {limit!r}; it must be None or (low, high) with 0 <= low <= high")
-        step = jnp.clip(step, *limit)
-    if mask is not None:
-        check_shape("mask", mask, dt.shape[:-1], "the shape of dt without its last axis")
-        if mask.dtype != jnp.bool_:
-            raise ValueError(f"mask has dtype {mask.dtype}; it must be bool, True at real tokens")
-        step = jnp.where(mask[..., None], step, 0.0)
-    return step
 
 
 def _module(name: str) -> ModuleType:

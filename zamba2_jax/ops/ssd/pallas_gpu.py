@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops.ssd import pallas_gpu_kernels as kernels
 from zamba2_jax.ops.ssd.pallas_gpu_kernels import Launch
+from zamba2_jax.ops.ssd.steps import RawSteps
 
 CHUNK = 64
 # The smallest side of a Triton matrix product, and the largest tiles that the registers hold.
@@ -42,8 +43,8 @@ def obstacle(x: jax.Array, B: jax.Array) -> str | None:
 
 def ssd(
     x: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
+    dt: jax.Array | RawSteps,
+    A: jax.Array | None,
     B: jax.Array,
     C: jax.Array,
     D: jax.Array | None,
@@ -53,7 +54,10 @@ def ssd(
     chunk: int = CHUNK,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments and results as in `chunked.ssd`; `chunk` is a power of two of at least 16. Differentiable."""
+    """Arguments and results as in `chunked.ssd`; `chunk` is a power of two of at least 16. Differentiable.
+
+    dt may be raw, with A None: the gradient of its columns is then written for the raw steps alone.
+    """
     length, headdim, size = x.shape[1], x.shape[-1], B.shape[-1]
     # Tiles have sides that are powers of two; what is added is zero, adds nothing and is cut off again.
     more_headdim, more_state = _tile(headdim) - headdim, _tile(size) - size
@@ -63,15 +67,16 @@ def ssd(
     # A sequence shorter than a chunk takes a smaller one.
     chunk = min(chunk, _tile(length))
     resets = None if resets is None else resets.astype(jnp.int32)
-    y, state = _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret)
+    of_time = dt if isinstance(dt, RawSteps) else (dt, A)
+    y, state = _ssd(x, of_time, B, C, D, state, resets, chunk, interpret)
     return y[..., :headdim], state[..., :headdim, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
     parts = _parts(x, chunk)
-    steps, s = kernels.prepare(dt, A, resets, parts, x.dtype, launch(stages=1))
+    steps, s = kernels.prepare(of_time, resets, parts, x.dtype, launch(stages=1))
     if parts == 1:
         return kernels.forward(x, steps, s, B, C, D, state, launch(stages=2, split=_split(x)))
 
@@ -88,15 +93,15 @@ def _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret):
     return y.reshape(x.shape), state
 
 
-def _ssd_forward(x, dt, A, B, C, D, state, resets, chunk, interpret):
-    return _ssd(x, dt, A, B, C, D, state, resets, chunk, interpret), (x, dt, A, B, C, D, state, resets)
+def _ssd_forward(x, of_time, B, C, D, state, resets, chunk, interpret):
+    return _ssd(x, of_time, B, C, D, state, resets, chunk, interpret), (x, of_time, B, C, D, state, resets)
 
 
 def _ssd_backward(chunk, interpret, residuals, gradients):
-    x, dt, A, B, C, D, state, resets = residuals
+    x, of_time, B, C, D, state, resets = residuals
     dy, dstate = gradients
     launch = functools.partial(Launch, chunk, interpret=interpret)
-    steps, s = kernels.prepare(dt, A, resets, 1, x.dtype, launch(warps=4, stages=1))
+    steps, s = kernels.prepare(of_time, resets, 1, x.dtype, launch(warps=4, stages=1))
     walk = launch(warps=4, stages=3, split=_split(x))
     starts, _ = kernels.states(x, steps, s, B, state, walk)
     ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
@@ -106,9 +111,9 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
     some = _heads_per_program(x, B.shape[2], chunk)
     dB, dC = kernels.backward_groups(x, steps, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
     dB, dC = (partial.sum(axis=0).astype(B.dtype) for partial in (dB, dC))
-    ddt, dA = kernels.backward_steps(dt, A, resets, of_steps, at_end, launch(warps=4, stages=1))
+    dtime = kernels.backward_steps(of_time, resets, of_steps, at_end, launch(warps=4, stages=1))
     dD = None if D is None else skip.sum(axis=(0, 2))
-    return dx, ddt, dA.sum(axis=(0, 1)), dB, dC, dD, dstate, None
+    return dx, dtime, dB, dC, dD, dstate, None
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
