@@ -311,6 +311,30 @@ class TestRMSNorm:
         cotangents = (normal(random, *shape), normal(random, *shape))[: 2 if hand_on else 1]
         assert_same(function, arguments, static={"eps": 1e-3, "hand_on": hand_on}, cotangents=cotangents)
 
+    @pytest.mark.parametrize("sizes", [(16, 16), (5, 8)])
+    def test_features_in_two_arrays(self, sizes):
+        random = np.random.default_rng(0)
+        arguments = {name: normal(random, 3, 13, size) for name, size in zip(("x", "beside"), sizes, strict=True)}
+        arguments["scale"] = normal(random, sum(sizes))
+
+        def function(arguments, **options):
+            return (rms_norm(**arguments, **options),)
+
+        program = str(jax.make_jaxpr(lambda arguments: function(arguments, eps=1e-3, **FUSED))(arguments))
+        assert "name=rms_norm_of_parts" in program
+        assert "concatenate" not in program
+        assert_same(function, arguments, static={"eps": 1e-3}, cotangents=(normal(random, 3, 13, sum(sizes)),))
+
+    def test_two_arrays_are_rounded_as_one(self):
+        random = np.random.default_rng(0)
+        one, other = (normal(random, 2, 5, 16).astype(jnp.bfloat16) for _ in range(2))
+        scale = normal(random, 32).astype(jnp.bfloat16)
+        apart = rms_norm(one, scale, beside=other, eps=1e-5, **FUSED)
+        assert apart.dtype == jnp.bfloat16
+        together = rms_norm(np.concatenate([one, other], axis=2), scale, eps=1e-5, **XLA)
+        # The mean is added up in another order, which may turn a rounding.
+        np.testing.assert_allclose(apart.astype(np.float32), together.astype(np.float32), rtol=2**-7)
+
     def test_bfloat16(self):
         """The gradient is computed in float32 and rounded once; XLA's rounds dout · scale too."""
         random = np.random.default_rng(0)
@@ -332,6 +356,12 @@ class TestRMSNorm:
             ({"x": jnp.zeros((3, 16))}, r"cannot serve: x has shape \(3, 16\); it takes \(b, l, d\)"),
             ({"scale": jnp.zeros((15,))}, r"scale has shape \(15,\); it must be \(d,\) = \(16,\)"),
             ({"x": jnp.zeros((1, 3, 16), int)}, "x has dtype int32"),
+            ({"beside": jnp.zeros((1, 4, 2))}, r"beside has shape \(1, 4, 2\); it must be x's but for the last axis"),
+            ({"beside": jnp.zeros((1, 3, 2))}, r"scale has shape \(16,\); it must be \(d,\) = \(18,\)"),
+            (
+                {"beside": jnp.zeros((1, 3, 2)), "scale": jnp.zeros((18,)), "hand_on": True},
+                "hand_on is True with beside",
+            ),
             ({"x": jnp.zeros((1, 1, 2**15)), "scale": jnp.zeros((2**15,))}, "cannot serve: x has 32768 features"),
         ],
     )

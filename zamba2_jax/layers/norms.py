@@ -19,8 +19,9 @@ class RMSNorm(nnx.Module):
         self.dtype = dtype
         self.scale = param(jnp.ones((features,), param_dtype), (axis,))
 
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype)
+    def __call__(self, x: Float[Array, "b l d"], beside: Float[Array, "b l rest"] | None = None) -> Array:
+        """(b, l, features): of x, or of x with the features of `beside` behind its own."""
+        return rms_norm(x, self.scale[...], eps=self.eps, dtype=self.dtype, beside=beside)
 
     def and_input(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
         """The norm of x, and x, for what goes on beside it: in the backward pass their gradients meet in one kernel."""

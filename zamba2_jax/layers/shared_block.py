@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -196,7 +195,7 @@ class SharedTransformerBlock(nnx.Module):
         """The output of this use, after the use's own `linear`; the cache entry; the attention weights if wanted."""
         if context.is_decoding and decoding.shared_block_obstacle(self, use, hidden.shape[0]) is None:
             return *decoding.shared_block_step(self, hidden, embedded, use, context, past), None
-        x = self.input_layernorm(jnp.concatenate([hidden, embedded], axis=-1))
+        x = self.input_layernorm(hidden, embedded)
         x, past, weights = self.self_attn(x, use, context, past)
         x = self.feed_forward(self.pre_ff_layernorm(constrain(x, "batch", "length", None)), use, context.dropout_key)
         x = constrain(x, "batch", "length", None)
