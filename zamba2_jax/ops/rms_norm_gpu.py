@@ -134,7 +134,9 @@ def backward(
             *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts),
             jax.ShapeDtypeStruct((blocks, features), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps_for(features, 8), num_stages=1),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=warps_for(max(part.shape[1] for part in parts), 8), num_stages=1
+        ),
         interpret=interpret,
         name="rms_norm_backward",
     )(scale, *rows)
