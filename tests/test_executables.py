@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -108,10 +109,10 @@ class TestTwoProcesses:
         names = [re.sub("_[0-9a-f]{8}$", "", name) for name in first["traced"]]
         # For one device, for another, and for both. A stream's second call is of the program of its first. Who gets the
         # cache back has a loop of its own.
-        wanted = ["decode"] * 4 + ["prefill"] * 3
-        assert sorted(name for name in names if name in ("decode", "prefill")) == wanted
+        wanted = ["begin"] * 3 + ["decode"] * 4 + ["prefill"] * 3
+        assert sorted(name for name in names if name in wanted) == wanted
         assert [name.partition("-")[0] for name in kept] == wanted
-        assert not set(second["traced"]) & {"decode", "prefill"}
+        assert not set(second["traced"]) & set(wanted)
         assert not set(second["traced"]) & set(first["traced"])
         assert (first["loaded"], second["loaded"]) == (0, len(wanted))
 
@@ -186,6 +187,23 @@ class TestSettings:
         assert not list(folder.parent.glob("*gumbel*"))
 
 
+def test_what_sets_kernels_up_is_imported_before_a_program_is_loaded(folder, loads, monkeypatch):
+    [name] = executables._SETTING_UP
+    check(make_program())  # compiled without it
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    check(make_program())
+    assert loads() == 1
+    (folder / files(folder)[0]).unlink()
+    check(make_program())  # with it
+    monkeypatch.delitem(sys.modules, name)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(executables.importlib, "import_module", asked.append)
+        check(make_program())
+    assert asked == [name]
+    assert loads() == 2
+
+
 class TestInMemory:
     def test_a_program_is_found_once(self, folder, loads):
         program = make_program()
@@ -252,7 +270,7 @@ def flip(content):
 
 
 def of_another_program(content):
-    return content.replace(b" 1 ", b" 1 0", 1)
+    return content.replace(b" 2 ", b" 2 0", 1)
 
 
 def of_nonsense(content):

@@ -211,9 +211,12 @@ class TestKey:
         keys.append(key(structure))
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--xla_cpu_enable_fast_math=false"])
         keys.append(key(structure))
-        assert len(set(keys)) == 4
+        monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+        keys.append(key(structure))
+        assert len(set(keys)) == 5
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+        monkeypatch.setenv("MOSAIC_GPU_CUDA_ROOT", "/set/by/an/import")
         assert key(structure) == keys[-1]
 
     @pytest.mark.parametrize("package", ["jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin"])

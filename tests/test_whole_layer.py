@@ -49,6 +49,14 @@ def assert_close(got, expected, parts):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=np.abs(theirs).max() / parts)
 
 
+def assert_near(got, expected):
+    """Within 2 %, by root mean squares. The plain layers in bfloat16 were measured to be up to 1 % from float32's
+    in this test, and single values of half a million up to a seventieth of the largest."""
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        ours, theirs = (np.asarray(array, np.float64) for array in (ours, theirs))
+        assert np.sqrt(np.square(ours - theirs).mean()) <= np.sqrt(np.square(theirs).mean()) / 50
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the kernel runs on a Hopper GPU only")
 @pytest.mark.parametrize("limit", [None, (0.01, 0.05)])
 def test_kernel(limit, monkeypatch):
@@ -80,7 +88,7 @@ def test_kernel(limit, monkeypatch):
         got, four, expected = (run(jnp.asarray([[token]], jnp.int32), cache) for run in (whole, fused, plain))
         got, four = ((result.hidden_states, result.past_key_values.mamba) for result in (got, four))
         assert_close(got, four, 100)
-        assert_close(got, (expected.hidden_states, expected.past_key_values.mamba), 50)
+        assert_near(got, (expected.hidden_states, expected.past_key_values.mamba))
         cache = expected.past_key_values
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import inspect
 import logging
 import os
 import pickle
 import stat
+import sys
 import time
 import uuid
 import warnings
@@ -32,7 +34,10 @@ from zamba2_jax.program_key import NoKeyError
 
 FOLDER = "zamba2_jax"
 
-_FORMAT = b"zamba2_jax executable 1"
+_FORMAT = b"zamba2_jax executable 2"
+# Modules that, when they are imported, tell a backend in its environment how to set up their kernels. A program that
+# was compiled with one of them is loaded with it.
+_SETTING_UP = ("jax.experimental.mosaic.gpu",)
 _log = logging.getLogger(__name__)
 
 
@@ -183,7 +188,8 @@ def _folder() -> Path:
 def _packed(program: jax.stages.Compiled, key: str) -> bytes:
     """A file's content. Where a backend cannot serialise the program it says so, for later processes not to try."""
     try:
-        body = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), level=1)
+        imported = [name for name in _SETTING_UP if name in sys.modules]
+        body = zlib.compress(pickle.dumps((imported, serialize_executable.serialize(program))), level=1)
     except Exception as error:  # each backend has its own
         body = b""
         _complain(f"Compiled programs cannot be kept on {jax.devices()[0].device_kind}: {error}", error)
@@ -207,8 +213,11 @@ def _read(path: Path, key: str, devices: Sequence[jax.Device]) -> jax.stages.Com
         if header != _header(key, body):
             raise ValueError("it is damaged, or another program's")
         if body:
+            imported, parts = pickle.loads(zlib.decompress(body))
+            for name in imported:
+                importlib.import_module(name)
             program = serialize_executable.deserialize_and_load(
-                *pickle.loads(zlib.decompress(body)), backend=devices[0].client, execution_devices=devices
+                *parts, backend=devices[0].client, execution_devices=devices
             )
     except (FileNotFoundError, NotADirectoryError):
         return None

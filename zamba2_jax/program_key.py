@@ -44,7 +44,11 @@ _PLUGINS = (
 )
 # JAX's own variables are among its settings.
 _VARIABLES = ("XLA_", "LIBTPU_", "TF_XLA_", "TF_GPU_", "TF_CUDNN_", "TRITON_", "MOSAIC_", "PALLAS_")
-_VARIABLES_OF_NO_EFFECT = ("XLA_PYTHON_CLIENT_", "XLA_CLIENT_MEM_", "TRITON_CACHE_")
+# The last are set by JAX itself where Mosaic is imported, which one process may do before another.
+_VARIABLES_OF_NO_EFFECT = (
+    *("XLA_PYTHON_CLIENT_", "XLA_CLIENT_MEM_", "TRITON_CACHE_"),
+    *("MOSAIC_GPU_CUDA_ROOT", "MOSAIC_GPU_RUNTIME_LIB_PATH", "MOSAIC_GPU_NVSHMEM_"),
+)
 _SETTINGS_OF_NO_EFFECT = re.compile(
     "jax_(compilation_cache|persistent_cache|raise_persistent_cache|explain_cache|logging|log_|debug_log|distributed"
     "|platforms$|platform_name$|[a-z]*_visible_devices$)"

@@ -246,7 +246,7 @@ def test_twenty_lengths_compile_few_programs():
     16384 tokens, counts like these two: test_prompt.py.
     """
     config = Zamba2Config(
-        vocab_size=131,
+        vocab_size=139,
         hidden_size=16,
         num_hidden_layers=2,
         layers_block_type=["mamba", "hybrid"],
@@ -261,10 +261,32 @@ def test_twenty_lengths_compile_few_programs():
     lengths = [1, 2, 3, 17, 32, 33, 64, 128, 129, 257, 511, 777, 1018, 1019, 1024, 1500, 2000, 3333, 4090, 5000]
     with compilations() as compiled:
         for length in lengths[:-1]:
-            model.generate(rng.integers(3, 131, (1, length)), max_new_tokens=length % 5 + 1, eos_token_id=None)
-        assert len(compiled) == 4
-        model.generate(rng.integers(3, 131, (1, lengths[-1])), max_new_tokens=2, eos_token_id=None)
-    assert len(compiled) == 6
+            model.generate(rng.integers(3, 139, (1, length)), max_new_tokens=length % 5 + 1, eos_token_id=None)
+        assert len(compiled) == 6  # a prompt, its first token and the loop, of two classes
+        model.generate(rng.integers(3, 139, (1, lengths[-1])), max_new_tokens=2, eos_token_id=None)
+    assert len(compiled) == 9
+
+
+def test_a_first_token_needs_no_loop(model, rows, monkeypatch):
+    """Neither alone nor in a stream does it wait for the loop's program."""
+    alone = model.generate(rows[0][None], max_new_tokens=1)
+    came = []
+
+    class Streamer:
+        def put(self, value):
+            came.append(value)
+
+        def end(self):
+            pass
+
+    def loop(*_, **__):
+        raise RuntimeError(f"asked for after {len(came)}")
+
+    monkeypatch.setattr(programs, "decode", loop)
+    np.testing.assert_array_equal(model.generate(rows[0][None], max_new_tokens=1), alone)
+    with pytest.raises(RuntimeError, match="asked for after 2"):  # the prompt and the first token
+        model.generate(rows[0][None], max_new_tokens=5, streamer=Streamer())
+    assert came[1] == alone[0, -1]
 
 
 def test_numeric_options_and_lengths_compile_nothing(model, rows):

@@ -198,7 +198,6 @@ def test_a_call_copies_no_weight_and_no_whole_cache(model):
         structure,
         weights,
         cache,
-        np.zeros((1, VOCABULARY), np.float32),
         decoding(np.zeros((1, slots), np.int32)),
         prompt_of(8),
         knobs,

@@ -54,10 +54,7 @@ def compiled_loop(model, rows, slots):
     prompt = Prompt(length=np.int32(8), given=per_row, real=per_row, tokens=per_row)
     structure, weights = programs.take_apart(model)
     cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
-    logits = np.zeros((rows, 97), np.float32)
-    lowered = programs.decode.lower(
-        structure, weights, cache, logits, state, prompt, knobs, np.int32(5), processors=static
-    )
+    lowered = programs.decode.lower(structure, weights, cache, state, prompt, knobs, np.int32(5), processors=static)
     return lowered.compile().as_text(), weights, cache
 
 

@@ -357,9 +357,10 @@ def _run_rows(
     step = 0
     calls = 0 if guesses else None
     streamer = watch.streamer
+    state = programs.begin(logits, state, device_prompt, knobs, stop_table, processors=static)
     for until in _bounds(opts.max_new_tokens, record, watch):
-        now = (structure, weights, cache, logits, state, device_prompt, knobs, np.int32(until))
-        if guesses:
+        now = (structure, weights, cache, state, device_prompt, knobs, np.int32(until))
+        if until > 1 and guesses:
             cache, state, more = lookup.decode(
                 *now,
                 np.int32(opts.max_new_tokens),
@@ -369,7 +370,7 @@ def _run_rows(
                 ngram_size=opts.max_matching_ngram_size,
             )
             calls += int(more)
-        else:
+        elif until > 1:
             cache, state = programs.decode(*now, stop_table, processors=static, hold_finished=hold_finished)
         record.read(state)
         if streamer is not None:

@@ -44,7 +44,6 @@ def decode(
     structure: Structure,
     weights: list[jax.Array],
     cache: Zamba2Cache,
-    logits: Float[Array, "1 v"],
     state: Decoding,
     prompt: Prompt,
     knobs: Knobs,
@@ -99,7 +98,6 @@ def decode(
         now = jax.lax.while_loop(lambda now: unfinished(now) & ~now.found, add_token, now)
         return jax.lax.while_loop(lambda now: unfinished(now) & now.found, add_tokens, now)
 
-    state = programs.where(state.step == 0, programs.choose(logits, state, **choices), state)
     now = jax.lax.while_loop(unfinished, add, carry(cache, state, jnp.int32(0)))
     return now.cache, constrain_whole(now.state), constrain_whole(now.calls)
 

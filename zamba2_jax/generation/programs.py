@@ -1,4 +1,8 @@
-"""The compiled programs of generation: prefill, and one loop that runs on the device until every row is done.
+"""The compiled programs of generation: prefill, the first token, and one loop that runs on the device until every row
+is done.
+
+The first token has a program of its own, a small one, so that nobody waits for the loop's to be compiled, or loaded,
+who waits for that token.
 
 The loop's upper bound is traced: asking for more tokens does not recompile, and streaming runs the same program again
 with the bound moved on.
@@ -197,12 +201,27 @@ def repeat_rows(
     return logits[rows], cache.reorder(rows)
 
 
+@functools.partial(jit_kept, static_argnames=("processors",))
+def begin(
+    logits: Float[Array, "r v"],
+    state: Decoding,
+    prompt: Prompt,
+    knobs: Knobs,
+    stop_table: Int16[Array, "states v"] | None = None,
+    *,
+    processors: Processors,
+) -> Decoding:
+    """The state with the first new token, from the prefill's `logits`."""
+    return constrain_whole(
+        choose(logits, state, prompt=prompt, knobs=knobs, stop_table=stop_table, processors=processors)
+    )
+
+
 @functools.partial(jit_kept, static_argnames=("structure", "processors", "hold_finished"), donate_argnames=("cache",))
 def decode(
     structure: Structure,
     weights: list[jax.Array],
     cache: Zamba2Cache,
-    logits: Float[Array, "r v"],
     state: Decoding,
     prompt: Prompt,
     knobs: Knobs,
@@ -212,8 +231,8 @@ def decode(
     processors: Processors,
     hold_finished: bool = False,
 ) -> tuple[Zamba2Cache, Decoding]:
-    """Adds tokens until `until` new ones stand or every row is finished. `logits` are the prefill's, read at step 0
-    only.
+    """Adds tokens, after those that `begin` and earlier calls have, until `until` new ones stand or every row is
+    finished.
 
     A row is finished by an end-of-sequence token, or where `stop_table` (`StopStrings.table`) says so. With
     `hold_finished` the padding of finished rows does not enter the cache.
@@ -232,7 +251,6 @@ def decode(
         logits, cache = next_logits(model, last, prompt.tokens + state.step - 1, cache, going_on)
         return cache, choose_next(logits, state)
 
-    state = where(state.step == 0, choose_next(logits, state), state)
     cache, state = jax.lax.while_loop(unfinished, add_token, (cache, state))
     return cache, constrain_whole(state)  # for the host of each process to read
 
