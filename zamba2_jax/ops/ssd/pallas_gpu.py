@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops._platform import compute_capability
 from zamba2_jax.ops.ssd import pallas_gpu_kernels as kernels
 from zamba2_jax.ops.ssd.pallas_gpu_kernels import Launch
 from zamba2_jax.ops.ssd.steps import RawSteps
@@ -25,6 +26,9 @@ from zamba2_jax.ops.ssd.steps import RawSteps
 CHUNK = 64
 # The smallest side of a Triton matrix product, and the largest tiles that the registers hold.
 SMALLEST, LARGEST_HEADDIM, LARGEST_STATE = 16, 128, 256
+# The first JAX with the interface that the kernels for Hopper GPUs are written for; chunks, head dims and states.
+HOPPER_JAX = (0, 11, 0)
+HOPPER_SIZES = ((64, 64, 64), (64, 64, 128))
 # One wave of programs, one for each of a Hopper's 132 multiprocessors, as a power of two.
 PROGRAMS = 128
 
@@ -38,6 +42,23 @@ def obstacle(x: jax.Array, B: jax.Array) -> str | None:
         return f"the head dim is {headdim}; it takes up to {LARGEST_HEADDIM}"
     if size > LARGEST_STATE:
         return f"the state size is {size}; it takes up to {LARGEST_STATE}"
+    return None
+
+
+def hopper_obstacle(x: jax.Array, B: jax.Array, chunk: int) -> str | None:
+    """Why the kernels for Hopper GPUs cannot serve these arguments and chunks, or None where they can."""
+    length, _, headdim = x.shape[1:]
+    if jax.__version_info__ < HOPPER_JAX:
+        return f"this is JAX {jax.__version__}; they take {'.'.join(map(str, HOPPER_JAX))} or newer"
+    if int(compute_capability()) != 9:
+        return f"their matrix instructions are Hopper's, and this GPU has compute capability {compute_capability()}"
+    if x.dtype != jnp.bfloat16:
+        return f"x has dtype {x.dtype}; they take bfloat16"
+    sizes = chunk, headdim, B.shape[-1]
+    if sizes not in HOPPER_SIZES:
+        return f"chunk, head dim and state are {sizes}; they take {' or '.join(map(str, HOPPER_SIZES))}"
+    if length % chunk:
+        return f"there are {length} tokens; they take multiples of {chunk}"
     return None
 
 
@@ -105,11 +126,19 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
     walk = launch(warps=4, stages=3, split=_split(x))
     starts, _ = kernels.states(x, steps, s, B, state, walk)
     ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
-    dx, of_steps, at_end, skip = kernels.backward_heads(
-        x, steps, s, B, C, D, starts, dy, ends, launch(warps=4, stages=1)
-    )
     some = _heads_per_program(x, B.shape[2], chunk)
-    dB, dC = kernels.backward_groups(x, steps, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
+    if not interpret and hopper_obstacle(x, B, chunk) is None:
+        from zamba2_jax.ops.ssd import hopper_backward
+
+        dx, of_steps, at_end, skip, dB, dC = hopper_backward.backward(
+            x, steps, s[0], B, C, D, starts, dy, ends, heads=some
+        )
+        at_end = at_end.sum(axis=3)
+    else:
+        dx, of_steps, at_end, skip = kernels.backward_heads(
+            x, steps, s, B, C, D, starts, dy, ends, launch(warps=4, stages=1)
+        )
+        dB, dC = kernels.backward_groups(x, steps, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
     dB, dC = (partial.sum(axis=0).astype(B.dtype) for partial in (dB, dC))
     dtime = kernels.backward_steps(of_time, resets, of_steps, at_end, launch(warps=4, stages=1))
     dD = None if D is None else skip.sum(axis=(0, 2))

@@ -453,7 +453,7 @@ def backward_groups(x, dt, s: Sums, B, C, starts, dy, ends, launch: Launch) -> t
 def backward_steps(of_time: OfTime, resets, of_steps, at_end, launch: Launch) -> OfTime:
     """The gradients of `of_time`; those of raw steps' columns are written in the steps' place alone.
 
-    of_time and resets as in `prepare`, the others as `backward_heads` makes them.
+    of_time and resets as in `prepare`, the others as `backward_heads` makes them; ds may come in parts to be added up.
     """
     source = _TimeSource(of_time)
     batch, length, heads = source.shape
@@ -462,12 +462,14 @@ def backward_steps(of_time: OfTime, resets, of_steps, at_end, launch: Launch) ->
 
     def kernel(*refs):
         source_refs, refs = refs[: len(source.operands)], refs[len(source.operands) :]
-        resets_ref, ddt_ref, ds_ref, end_ref, out_ref, *of_head_refs = refs if resets is not None else (None, *refs)
+        resets_ref, ddt_ref, *refs = refs if resets is not None else (None, *refs)
+        ds_refs, (end_ref, out_ref, *of_head_refs) = refs[: len(of_steps) - 1], refs[len(of_steps) - 1 :]
         tile, row = _StepTile(launch.chunk, length, heads), pl.program_id(2)
         dt, A, slope = source.read(tile, source_refs, row)
         # da_t: the sum of ds from t to the end of its chunk, and all that is felt there.
         later = _lower_triangle(launch.chunk).astype(jnp.float32)
-        da = _dot(tile.load_by_head(ds_ref, row), later, (1, 0)) + tile.load_of_chunk(end_ref, row)[:, None]
+        ds = functools.reduce(jnp.add, [tile.load_by_head(ref, row) for ref in ds_refs])
+        da = _dot(ds, later, (1, 0)) + tile.load_of_chunk(end_ref, row)[:, None]
         # A step whose a is the least there is, or that comes after a reset, is no longer felt in it.
         da = jnp.where(_decay_logs(tile, dt, A, resets_ref, row) > NO_MEMORY, da.T, 0.0)
         ddt, dA = tile.load_by_head(ddt_ref, row).T + da * A, da * dt
