@@ -116,7 +116,7 @@ class _Program:
     of_head: dict[str, Any]  # STAGES of x, dy, starts, ends, dt, s
     B: Any
     C: Any
-    dG: Any  # turned
+    d_pairs: Any  # dG turned
     dx: Any  # two heads'
     sums: Any  # of columns, by four warps, of two heads
     arrived: Any
@@ -223,7 +223,7 @@ class _Program:
             return dG
 
         dG = self.each_head(one_head, tiles.zeros())
-        self.dG[...] = jnp.where(upper, dG, 0.0).astype(dtype)
+        self.d_pairs[...] = jnp.where(upper, dG, 0.0).astype(dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.summed)
         plgpu.wait_smem_to_gmem(0)
@@ -258,8 +258,8 @@ class _Program:
 
             self.each_head(one_head, jnp.int32(0))
             plgpu.barrier_wait(self.summed)
-            plgpu.wgmma(dC, tiles.turned(self.dG), self.B)
-            plgpu.wgmma(dB, self.dG, self.C)
+            plgpu.wgmma(dC, tiles.turned(self.d_pairs), self.B)
+            plgpu.wgmma(dB, self.d_pairs, self.C)
             return dB[...], dC[...]
 
         dB, dC = pl.run_scoped(add_up, *[tiles.accumulator(self.size)] * 2)
@@ -310,7 +310,7 @@ def _program(names, heads, blocks, size, operands, *outputs):
             "of_head": of_head,
             "B": tiles.tile(SIDE, size),
             "C": tiles.tile(SIDE, size),
-            "dG": tiles.tile(SIDE, SIDE),
+            "d_pairs": tiles.tile(SIDE, SIDE),
             "dx": tiles.tile(2, SIDE, SIDE),
             "sums": tiles.vector(2, 4, SIDE),
         },
