@@ -215,10 +215,13 @@ class TestObstacle:
         assert reason in self.reason(monkeypatch, **changes)
 
 
-# Mosaic's part of the lowering needs no GPU. It knows of layouts, which the programs run by hand do not have.
-@pytest.mark.skipif(
+newer_jax = pytest.mark.skipif(
     jax.__version_info__ < pallas_gpu.HOPPER_JAX, reason="the kernels are written for the interface of a newer JAX"
 )
+
+
+# Mosaic's part of the lowering needs no GPU. It knows of layouts, which the programs run by hand do not have.
+@newer_jax
 @pytest.mark.parametrize(("size", "skip"), [(64, False), (128, True)])
 def test_backward_lowers(size, skip):
     half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -231,6 +234,20 @@ def test_backward_lowers(size, skip):
     )  # fmt: skip
     traced = jax.jit(functools.partial(hopper_backward.backward, heads=3)).trace(*arguments)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@newer_jax
+@pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="Mosaic has no rule for a kernel of many batches")
+def test_gradients_of_each(monkeypatch):
+    """`jax.vmap` over the gradient, as Triton's kernels allow."""
+    monkeypatch.setattr(pallas_gpu, "hopper_obstacle", lambda *_: None)
+    arguments, _, gradients = inputs(1, 64, 2, 1, 64)
+
+    def pull(arguments, gradients):
+        return jax.vjp(lambda arguments: pallas_gpu.ssd(**arguments, resets=None), arguments)[1](gradients)[0]
+
+    each = jax.tree.map(lambda array: jnp.stack([array] * 2), (arguments, gradients))
+    assert "ssd_backward_steps" in str(jax.make_jaxpr(jax.vmap(pull))(*each))
 
 
 OBSTACLE = pallas_gpu.hopper_obstacle(
