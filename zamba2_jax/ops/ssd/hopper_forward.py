@@ -33,9 +33,14 @@ TOGETHER = 2
 _MIX, _FETCH = TOGETHER, TOGETHER + 1
 
 
-def forward(x, dt, s, B, C, D, state, before=None) -> tuple[jax.Array, jax.Array]:
-    """Arguments and results as in `pallas_gpu_kernels.forward`, s being one array. x, B and C of bfloat16, l a multiple
-    of 64, p 64, n 64 or 128, groups of an even number of heads."""
+def forward(x, dt, s, B, C, D, state, *, before=None) -> tuple[jax.Array, jax.Array]:
+    """Arguments and results as in `pallas_gpu_kernels.forward`. x, B and C are of bfloat16, l is a multiple of 64, p is
+    64, n 64 or 128, and groups have an even number of heads."""
+    # Mosaic's kernels have no rule for `jax.vmap`.
+    return jax.custom_batching.sequential_vmap(_forward)(x, dt, *s, B, C, D, state, before)
+
+
+def _forward(x, dt, s, B, C, D, state, before):
     batch, length, heads, headdim = x.shape
     groups, size = B.shape[2:]
     parts = batch // state.shape[0]

@@ -102,14 +102,11 @@ def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
     parts = _parts(x, chunk)
     steps, s = kernels.prepare(of_time, resets, parts, x.dtype, launch(stages=1))
-    on_hopper = not interpret and hopper_obstacle(x, B, chunk) is None
-    if on_hopper:
-        from zamba2_jax.ops.ssd import hopper_forward
-
+    forward = functools.partial(kernels.forward, launch=launch(stages=2, split=_split(x) if parts == 1 else 1))
+    if not interpret and hopper_obstacle(x, B, chunk) is None:
+        from zamba2_jax.ops.ssd.hopper_forward import forward
     if parts == 1:
-        if on_hopper:
-            return hopper_forward.forward(x, steps, *s, B, C, D, state)
-        return kernels.forward(x, steps, s, B, C, D, state, launch(stages=2, split=_split(x)))
+        return forward(x, steps, s, B, C, D, state)
 
     # The parts of a row side by side, as rows of their own: first for the states that they end with, and once those are
     # known, for all. A part is whole chunks, so that the sums of its chunks are its own.
@@ -120,10 +117,7 @@ def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
         return array.reshape(batch * parts, length // parts, *array.shape[2:])
 
     before = kernels.last_states(rows(x), steps, s, rows(B), parts, launch(stages=3))
-    if on_hopper:
-        y, state = hopper_forward.forward(rows(x), steps, *s, rows(B), rows(C), D, state, before)
-    else:
-        y, state = kernels.forward(rows(x), steps, s, rows(B), rows(C), D, state, launch(stages=2), before)
+    y, state = forward(rows(x), steps, s, rows(B), rows(C), D, state, before=before)
     return y.reshape(x.shape), state
 
 
@@ -144,7 +138,7 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
         from zamba2_jax.ops.ssd import hopper_backward
 
         dx, of_steps, at_end, skip, dB, dC = hopper_backward.backward(
-            x, steps, *s, B, C, D, starts, dy, ends, heads=some
+            x, steps, s, B, C, D, starts, dy, ends, heads=some
         )
         at_end = at_end.sum(axis=3)
     else:
