@@ -496,7 +496,9 @@ def by_hand(monkeypatch, *modules):
     for module in modules:
         monkeypatch.setattr(module, "plgpu", mosaic)
         monkeypatch.setattr(module, "pl", pallas)
-        monkeypatch.setattr(module, "jax", _but(jax, lax=lax))
+        # A program run by hand needs numbers, not what tracing has in their place.
+        batching = types.SimpleNamespace(sequential_vmap=lambda function: function)
+        monkeypatch.setattr(module, "jax", _but(jax, lax=lax, custom_batching=batching))
         if hasattr(module, "store_column_sums"):  # in Mosaic's dialect, which nothing stands in for
             monkeypatch.setattr(module, "store_column_sums", store_column_sums)
 

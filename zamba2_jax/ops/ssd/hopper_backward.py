@@ -41,15 +41,22 @@ def backward(x, dt, s, B, C, D, starts, dy, ends, heads: int) -> tuple[Any, ...]
     """What `backward_heads` and `backward_groups` return, one after the other, some of it in parts.
 
     Args:
-      x, dy: (b,l,h,p) bfloat16, l a multiple of 64, p 64. dt, s: (b,h,l) float32. B, C: (b,l,g,n) bfloat16, n a
-        multiple of 64. D: (h,) float32 or None. starts, ends: (b,h,c,p,n) bfloat16. What they are, says
-        `backward_heads`.
+      x, dy: (b,l,h,p) bfloat16, l a multiple of 64, p 64. dt: (b,h,l) float32, s: one such array, as `prepare` makes
+        it. B, C: (b,l,g,n) bfloat16, n a multiple of 64. D: (h,) float32 or None. starts, ends: (b,h,c,p,n) bfloat16.
+        What they are, says `backward_heads`.
       heads: how many a program adds up, dividing the heads of a group.
 
     Returns:
       dx. (ddt, and two whose sum is ds) (b,h,l). What is felt at a chunk's end, (b,h,c,64), to be added up. dy·x of
       every token, (b,h,l). dB, dC (k,b,l,g,n), to be added over the k blocks of a group's heads. float32 but dx.
     """
+    # Mosaic's kernels have no rule for `jax.vmap`.
+    return jax.custom_batching.sequential_vmap(functools.partial(_backward, heads))(
+        x, dt, *s, B, C, D, starts, dy, ends
+    )
+
+
+def _backward(heads, x, dt, s, B, C, D, starts, dy, ends):
     batch, length, all_heads, headdim = x.shape
     groups, size = B.shape[2:]
     blocks, chunks = all_heads // groups // heads, length // SIDE

@@ -40,8 +40,8 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def zeros() -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((SIDE, SIDE), jnp.float32), plgpu.Layout.WGMMA)
+def zeros(columns: int = SIDE) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((SIDE, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def product(left, right) -> jax.Array:
@@ -72,6 +72,11 @@ def of_rows(ref) -> jax.Array:
 
 def of_columns(ref) -> jax.Array:
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def of_state(ref) -> jax.Array:
+    """A state (64, n) from the GPU's memory."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def along_rows(values) -> jax.Array:

@@ -1,16 +1,18 @@
 """The recurrence in fused kernels for NVIDIA GPUs: one walk over the chunks forward, backward from recomputed states.
 
 `pallas_gpu_kernels` says how the kernels work. Here are the preparation of their arguments, their launches' sizes,
-chosen by measurement on an H100, and the rule of differentiation.
+chosen by measurement, and the rule of differentiation.
 
-Of 4 x 4096 tokens, 64 heads of 64 and a state of 128 in bfloat16, the walk forward took 0.22 ms with chunks of 64 (0.35
-with 32, 0.44 with 128), where the memory's bandwidth would allow 0.10. Backward, chunks of 128 would make the states
-faster (0.13 ms, not 0.19), but the two kernels that read them slower (0.66, not 0.54; 0.85, not 0.34). One kernel in
-place of these two, which would read the states once, was slower too: forward and backward 1.71 ms instead of 1.46, its
-sums of all heads having left no registers for the rest.
+Pallas has two ways to an NVIDIA GPU. Its Triton backend, in which all kernels are written, is deprecated since JAX 0.11
+in favour of Mosaic GPU; that is one reason for the upper bound on jax in pyproject.toml. In Mosaic, for Hopper GPUs and
+the sizes of Zamba2 (`hopper_obstacle`), are also those that cost most: `hopper_forward`, and `hopper_backward`, which
+reads once what two of Triton's read twice.
 
-Pallas has two ways to an NVIDIA GPU. Its Triton backend, used here, is deprecated since JAX 0.11 in favour of Mosaic
-GPU; that is one reason for the upper bound on jax in pyproject.toml. Mosaic GPU was not measured.
+Of the latter, on an H100, with 4 x 4096 tokens, 64 heads of 64 and a state of 128 in bfloat16: the walk forward took
+0.22 ms with chunks of 64 (0.35 with 32, 0.44 with 128), where the memory's bandwidth would allow 0.10. Backward, chunks
+of 128 would make the states faster (0.13 ms, not 0.19), but the two kernels that read them slower (0.66, not 0.54;
+0.85, not 0.34). One kernel in place of these two was slower in Triton: forward and backward 1.71 ms instead of 1.46,
+its sums of all heads having left no registers for the rest.
 """
 
 import functools
@@ -47,7 +49,7 @@ def obstacle(x: jax.Array, B: jax.Array) -> str | None:
 
 def hopper_obstacle(x: jax.Array, B: jax.Array, chunk: int) -> str | None:
     """Why the kernels for Hopper GPUs cannot serve these arguments and chunks, or None where they can."""
-    length, _, headdim = x.shape[1:]
+    length, heads, headdim = x.shape[1:]
     if jax.__version_info__ < HOPPER_JAX:
         return f"this is JAX {jax.__version__}; they take {'.'.join(map(str, HOPPER_JAX))} or newer"
     if int(compute_capability()) != 9:
@@ -59,6 +61,8 @@ def hopper_obstacle(x: jax.Array, B: jax.Array, chunk: int) -> str | None:
         return f"chunk, head dim and state are {sizes}; they take {' or '.join(map(str, HOPPER_SIZES))}"
     if length % chunk:
         return f"there are {length} tokens; they take multiples of {chunk}"
+    if (group_heads := heads // B.shape[2]) % 2:
+        return f"a group has {group_heads} heads; they take an even number"
     return None
 
 
@@ -98,8 +102,11 @@ def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
     parts = _parts(x, chunk)
     steps, s = kernels.prepare(of_time, resets, parts, x.dtype, launch(stages=1))
+    forward = functools.partial(kernels.forward, launch=launch(stages=2, split=_split(x) if parts == 1 else 1))
+    if not interpret and hopper_obstacle(x, B, chunk) is None:
+        from zamba2_jax.ops.ssd.hopper_forward import forward
     if parts == 1:
-        return kernels.forward(x, steps, s, B, C, D, state, launch(stages=2, split=_split(x)))
+        return forward(x, steps, s, B, C, D, state)
 
     # The parts of a row side by side, as rows of their own: first for the states that they end with, and once those are
     # known, for all. A part is whole chunks, so that the sums of its chunks are its own.
@@ -110,7 +117,7 @@ def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
         return array.reshape(batch * parts, length // parts, *array.shape[2:])
 
     before = kernels.last_states(rows(x), steps, s, rows(B), parts, launch(stages=3))
-    y, state = kernels.forward(rows(x), steps, s, rows(B), rows(C), D, state, launch(stages=2), before)
+    y, state = forward(rows(x), steps, s, rows(B), rows(C), D, state, before=before)
     return y.reshape(x.shape), state
 
 
@@ -131,7 +138,7 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
         from zamba2_jax.ops.ssd import hopper_backward
 
         dx, of_steps, at_end, skip, dB, dC = hopper_backward.backward(
-            x, steps, s[0], B, C, D, starts, dy, ends, heads=some
+            x, steps, s, B, C, D, starts, dy, ends, heads=some
         )
         at_end = at_end.sum(axis=3)
     else:
