@@ -264,6 +264,26 @@ def test_backward_lowers(size, skip):
 
 
 @newer_jax
+@pytest.mark.parametrize(("size", "skip", "parts"), [(64, False, 1), (128, True, 2)])
+def test_forward_lowers(size, skip, parts):
+    half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    whole = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tokens, steps, shared, state = (
+        (2 * parts, 192, 6, 64),
+        (2 * parts, 6, 192),
+        (2 * parts, 192, 1, size),
+        (6, 64, size),
+    )
+    arguments = (
+        half(tokens), whole(steps), (whole(steps),), half(shared), half(shared), whole((6,)) if skip else None,
+        whole((2, *state)),
+    )  # fmt: skip
+    before = None if parts == 1 else (whole((2, parts - 1, *state)), whole((2, parts - 1, 6)))
+    traced = jax.jit(hopper_forward.forward).trace(*arguments, before=before)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@newer_jax
 def test_gradients_of_each(monkeypatch):
     """`jax.vmap` over the gradient, for which Mosaic's kernels have no rule of their own."""
     monkeypatch.setattr(pallas_gpu, "hopper_obstacle", lambda *_: None)
