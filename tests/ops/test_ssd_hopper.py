@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests.ops.warpgroups_by_hand import by_hand
-from zamba2_jax.ops.ssd import hopper_backward, hopper_forward, hopper_tiles, pallas_gpu, reference
+from zamba2_jax.ops.ssd import hopper_backward, hopper_forward, hopper_tiles, pallas_gpu, pallas_gpu_steps, reference
 from zamba2_jax.ops.ssd import pallas_gpu_kernels as kernels
+from zamba2_jax.ops.ssd.pallas_gpu_tiles import Launch
 
 CHUNK = HEADDIM = 64
 
@@ -55,9 +56,9 @@ def operands(arguments, resets, gradients):
     """What the second half of the backward pass reads, up to `ends`."""
     x, dt, A, B, C, D, state = arguments.values()
     dy, dstate = gradients
-    launch = functools.partial(kernels.Launch, CHUNK, warps=4, interpret=True)
+    launch = functools.partial(Launch, CHUNK, warps=4, interpret=True)
     marks = None if resets is None else resets.astype(jnp.int32)
-    steps, s = kernels.prepare((dt, A), marks, 1, x.dtype, launch(stages=1))
+    steps, s = pallas_gpu_steps.prepare((dt, A), marks, 1, x.dtype, launch(stages=1))
     starts, _ = kernels.states(x, steps, s, B, state, launch(stages=3))
     ends, _ = kernels.states(dy, None, s, C, dstate, launch(stages=3))
     return x, steps, s, B, C, D, starts, dy, ends
@@ -76,7 +77,7 @@ class TestBackwardByHand:
     )
     def test_it_makes_what_the_triton_kernels_make(self, monkeypatch, sizes, options, some):
         x, steps, s, B, C, D, starts, dy, ends = operands(*inputs(*sizes, **options))
-        launch = functools.partial(kernels.Launch, CHUNK, interpret=True)
+        launch = functools.partial(Launch, CHUNK, interpret=True)
         dx, (ddt, ds), at_end, skip = kernels.backward_heads(
             x, steps, s, B, C, D, starts, dy, ends, launch(warps=4, stages=1)
         )
@@ -97,7 +98,7 @@ class TestBackwardByHand:
         arguments, resets, gradients = inputs(2, 192, 6, 2, 128, resets=True)
         x, dt, A, B, C, D, state = arguments.values()
         residuals = x, (dt, A), B, C, D, state, resets.astype(jnp.int32)
-        launch, real, calls = kernels.Launch, hopper_backward.backward, []
+        launch, real, calls = Launch, hopper_backward.backward, []
 
         def backward(*arguments, **options):
             calls.append(options)
@@ -137,9 +138,9 @@ class TestForwardByHand:
     def test_it_makes_what_the_triton_kernel_makes(self, monkeypatch, sizes, options, parts):
         arguments, resets, _ = inputs(*sizes, **options)
         x, dt, A, B, C, D, state = arguments.values()
-        launch = functools.partial(kernels.Launch, CHUNK, warps=4, interpret=True)
+        launch = functools.partial(Launch, CHUNK, warps=4, interpret=True)
         marks = None if resets is None else resets.astype(jnp.int32)
-        steps, s = kernels.prepare((dt, A), marks, parts, x.dtype, launch(stages=1))
+        steps, s = pallas_gpu_steps.prepare((dt, A), marks, parts, x.dtype, launch(stages=1))
         x, B, C = (array.reshape(sizes[0] * parts, sizes[1] // parts, *array.shape[2:]) for array in (x, B, C))
         before = kernels.last_states(x, steps, s, B, parts, launch(stages=3)) if parts > 1 else None
         y, final = kernels.forward(x, steps, s, B, C, D, state, launch(stages=2), before)

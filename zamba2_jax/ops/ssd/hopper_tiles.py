@@ -19,9 +19,9 @@ from jaxlib.mlir.dialects import arith, llvm
 SIDE = 64
 
 
-def tile(*shape: int, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Any:
-    """Shared memory for operands of the matrix units."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def tile(*shape: int) -> Any:
+    """Shared memory for operands of the matrix units, bfloat16."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def vector(*shape: int) -> Any:

@@ -1,18 +1,18 @@
 """The recurrence in fused kernels for NVIDIA GPUs: one walk over the chunks forward, backward from recomputed states.
 
-`pallas_gpu_kernels` says how the kernels work. Here are the preparation of their arguments, their launches' sizes,
-chosen by measurement, and the rule of differentiation.
+`pallas_gpu_kernels` says how the kernels work; those of the time steps are in `pallas_gpu_steps`. Here are the
+preparation of their arguments, their launches' sizes, chosen by measurement, and the rule of differentiation.
 
 Pallas has two ways to an NVIDIA GPU. Its Triton backend, in which all kernels are written, is deprecated since JAX 0.11
 in favour of Mosaic GPU; that is one reason for the upper bound on jax in pyproject.toml. In Mosaic, for Hopper GPUs and
 the sizes of Zamba2 (`hopper_obstacle`), are also those that cost most: `hopper_forward`, and `hopper_backward`, which
 reads once what two of Triton's read twice.
 
-Of the latter, on an H100, with 4 x 4096 tokens, 64 heads of 64 and a state of 128 in bfloat16: the walk forward took
+Of Triton's, on an H100, with 4 x 4096 tokens, 64 heads of 64 and a state of 128 in bfloat16: the walk forward took
 0.22 ms with chunks of 64 (0.35 with 32, 0.44 with 128), where the memory's bandwidth would allow 0.10. Backward, chunks
 of 128 would make the states faster (0.13 ms, not 0.19), but the two kernels that read them slower (0.66, not 0.54;
-0.85, not 0.34). One kernel in place of these two was slower in Triton: forward and backward 1.71 ms instead of 1.46,
-its sums of all heads having left no registers for the rest.
+0.85, not 0.34). One kernel in place of these two was slower: forward and backward 1.71 ms instead of 1.46, its sums of
+all heads having left no registers for the rest.
 """
 
 import functools
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops._platform import compute_capability
 from zamba2_jax.ops.ssd import pallas_gpu_kernels as kernels
-from zamba2_jax.ops.ssd.pallas_gpu_kernels import Launch
+from zamba2_jax.ops.ssd import pallas_gpu_steps as time_steps
+from zamba2_jax.ops.ssd.pallas_gpu_tiles import Launch
 from zamba2_jax.ops.ssd.steps import RawSteps
 
 CHUNK = 64
@@ -101,7 +102,7 @@ def ssd(
 def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
     parts = _parts(x, chunk)
-    steps, s = kernels.prepare(of_time, resets, parts, x.dtype, launch(stages=1))
+    steps, s = time_steps.prepare(of_time, resets, parts, x.dtype, launch(stages=1))
     forward = functools.partial(kernels.forward, launch=launch(stages=2, split=_split(x) if parts == 1 else 1))
     if not interpret and hopper_obstacle(x, B, chunk) is None:
         from zamba2_jax.ops.ssd.hopper_forward import forward
@@ -129,7 +130,7 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
     x, of_time, B, C, D, state, resets = residuals
     dy, dstate = gradients
     launch = functools.partial(Launch, chunk, interpret=interpret)
-    steps, s = kernels.prepare(of_time, resets, 1, x.dtype, launch(warps=4, stages=1))
+    steps, s = time_steps.prepare(of_time, resets, 1, x.dtype, launch(warps=4, stages=1))
     walk = launch(warps=4, stages=3, split=_split(x))
     starts, _ = kernels.states(x, steps, s, B, state, walk)
     ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
@@ -147,7 +148,7 @@ def _ssd_backward(chunk, interpret, residuals, gradients):
         )
         dB, dC = kernels.backward_groups(x, steps, s, B, C, starts, dy, ends, launch(warps=8, stages=3, heads=some))
     dB, dC = (partial.sum(axis=0).astype(B.dtype) for partial in (dB, dC))
-    dtime = kernels.backward_steps(of_time, resets, of_steps, at_end, launch(warps=4, stages=1))
+    dtime = time_steps.backward_steps(of_time, resets, of_steps, at_end, launch(warps=4, stages=1))
     dD = None if D is None else skip.sum(axis=(0, 2))
     return dx, dtime, dB, dC, dD, dstate, None
 
