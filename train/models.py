@@ -18,7 +18,7 @@ from train.options import LoraOptions, RunOptions
 from zamba2_jax import LoraConfig, Zamba2Config, add_lora, lora, quantize, save_lora
 from zamba2_jax.checkpoint import open_parameters
 from zamba2_jax.checkpoint.files import ADAPTER, find_checkpoint, read_json, settings_directory
-from zamba2_jax.models import PretrainedModel
+from zamba2_jax.pretrained import PretrainedModel
 from zamba2_jax.sharding import param_shardings
 
 SHAPES = {

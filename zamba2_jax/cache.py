@@ -21,7 +21,7 @@ from zamba2_jax.executables import jit_kept
 from zamba2_jax.sharding import constrain
 
 if TYPE_CHECKING:
-    from zamba2_jax.models import PretrainedModel
+    from zamba2_jax.pretrained import PretrainedModel
 
 
 @jax.tree_util.register_dataclass

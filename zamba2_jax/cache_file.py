@@ -25,7 +25,7 @@ from zamba2_jax.cache import KeyValue, MambaState, Zamba2Cache, init_cache
 from zamba2_jax.checkpoint import safetensors
 
 if TYPE_CHECKING:
-    from zamba2_jax.models import PretrainedModel
+    from zamba2_jax.pretrained import PretrainedModel
 
 FORMAT = "zamba2_jax cache 1"
 # Fields of a config that do not change what a model computes from given weights.
