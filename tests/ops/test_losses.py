@@ -297,8 +297,9 @@ MESH_PROGRAM = r"""
     loss, slopes = compiled(*spread)
     wanted, wanted_slopes = jax.jit(gradient)(*arrays)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    # Sums of 1024 numbers in float32, in two orders: either was up to 1e-6 of the largest from float64's.
     for ours, theirs in zip(slopes, wanted_slopes):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
 """
 
 
