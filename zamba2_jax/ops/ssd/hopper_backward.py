@@ -126,10 +126,9 @@ class _Program:
     d_pairs: Any  # dG turned
     dx: Any  # two heads'
     sums: Any  # of columns, by four warps, of two heads
-    arrived: Any
-    freed: Any
     arrived_shared: Any
     summed: Any
+    ring: tiles.Ring
 
     @property
     def columns(self):
@@ -142,16 +141,14 @@ class _Program:
     def each_head(self, body, carry):
         """`body(head, its place among the program's, its tiles, carry)`, where the tiles are there."""
 
-        def turn(index, carry):
-            slot = jax.lax.rem(index, STAGES)
-            plgpu.barrier_wait(self.arrived.at[slot])
+        def use(index, slot, carry):
             return body(self.head(index), index, {name: ref.at[slot] for name, ref in self.of_head.items()}, carry)
 
-        return jax.lax.fori_loop(0, self.heads, turn, carry)
+        return self.ring.each(self.heads, use, carry)
 
     def free(self, index):
         """The warpgroup needs the head's tiles no more."""
-        plgpu.barrier_arrive(self.freed.at[jax.lax.rem(index, STAGES)])
+        self.ring.free(jax.lax.rem(index, STAGES))
 
     def put(self, head, **values):
         for name, value in values.items():
@@ -163,13 +160,8 @@ class _Program:
                 self.operands[name].at[self.row, self.tokens, self.columns], target, self.arrived_shared
             )
 
-        def fetch_head(index, carry):
-            slot, head = jax.lax.rem(index, STAGES), self.head(index)
-
-            @pl.when(index >= STAGES)
-            def _():
-                plgpu.barrier_wait(self.freed.at[slot])
-
+        def fetch_head(index, slot):
+            head = self.head(index)
             for name, target in self.of_head.items():
                 match name:
                     case "x" | "dy":
@@ -178,10 +170,9 @@ class _Program:
                         place = self.row, head, self.chunk
                     case _:
                         place = self.row, head, self.tokens
-                plgpu.copy_gmem_to_smem(self.operands[name].at[place], target.at[slot], self.arrived.at[slot])
-            return carry
+                plgpu.copy_gmem_to_smem(self.operands[name].at[place], target.at[slot], self.ring.arrived.at[slot])
 
-        jax.lax.fori_loop(0, self.heads, fetch_head, jnp.int32(0))
+        self.ring.fetch(self.heads, fetch_head)
 
     def own(self):
         """What a head owns, and dG of all."""
@@ -279,7 +270,7 @@ def _program(names, heads, blocks, size, operands, *outputs):
     block, chunk, row = (jax.lax.axis_index(name) for name in ("block", "chunk", "row"))
     me = jax.lax.axis_index("warpgroup")
 
-    def scoped(shared, barriers):
+    def scoped(shared, ring):
         program = _Program(
             operands=operands,
             outputs=dict(zip(names, outputs, strict=True)),
@@ -290,8 +281,8 @@ def _program(names, heads, blocks, size, operands, *outputs):
             tokens=pl.ds(chunk * SIDE, SIDE),
             row=row,
             chunk=chunk,
+            ring=tiles.Ring(STAGES, **ring),
             **shared,
-            **barriers,
         )
 
         @pl.when(me == _FETCH)
@@ -320,12 +311,9 @@ def _program(names, heads, blocks, size, operands, *outputs):
             "d_pairs": tiles.tile(SIDE, SIDE),
             "dx": tiles.tile(2, SIDE, SIDE),
             "sums": tiles.vector(2, 4, SIDE),
-        },
-        {
-            "arrived": plgpu.Barrier(num_arrivals=len(of_head), num_barriers=STAGES),
-            "freed": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             "arrived_shared": plgpu.Barrier(num_arrivals=2),
             "summed": plgpu.Barrier(),
         },
+        tiles.Ring.barriers(STAGES, copies=len(of_head), users=2),
         collective_axes="warpgroup",
     )

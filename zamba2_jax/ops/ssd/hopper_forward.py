@@ -89,24 +89,19 @@ class _Program:
     of_chunk: dict[str, Any]  # STAGES of B, C, and for each head x, dt, s
     mixed_tiles: dict[str, Any]  # STAGES, for each head, of inflow and mixing
     mine: dict[str, Any]  # state, y
-    arrived: Any
     mixed: Any
-    freed: Any
+    ring: tiles.Ring
 
     def fetch(self):
         first = self.heads * TOGETHER
         group = pl.ds(first // self.group_heads * self.size, self.size)
 
-        def fetch_chunk(index, carry):
-            slot, tokens = jax.lax.rem(index, STAGES), pl.ds(index * SIDE, SIDE)
-
-            @pl.when(index >= STAGES)
-            def _():
-                plgpu.barrier_wait(self.freed.at[slot])
+        def fetch_chunk(index, slot):
+            tokens = pl.ds(index * SIDE, SIDE)
 
             def copy(name, place, *of_head):
                 target = self.of_chunk[name].at[(slot, *of_head)]
-                plgpu.copy_gmem_to_smem(self.operands[name].at[(self.row, *place)], target, self.arrived.at[slot])
+                plgpu.copy_gmem_to_smem(self.operands[name].at[(self.row, *place)], target, self.ring.arrived.at[slot])
 
             copy("B", (tokens, group))
             copy("C", (tokens, group))
@@ -114,17 +109,14 @@ class _Program:
                 copy("x", (tokens, pl.ds((first + head) * SIDE, SIDE)), head)
                 copy("dt", (first + head, tokens), head)
                 copy("s", (first + head, tokens), head)
-            return carry
 
-        jax.lax.fori_loop(0, self.chunks, fetch_chunk, jnp.int32(0))
+        self.ring.fetch(self.chunks, fetch_chunk)
 
     def mix(self):
         """What of each head's chunks does not depend on the state: (G∘L∘dt_j), and what flows into the state."""
         lower = tiles.iota(0) >= tiles.iota(1)
 
-        def turn(index, carry):
-            slot = jax.lax.rem(index, STAGES)
-            plgpu.barrier_wait(self.arrived.at[slot])
+        def mix_chunk(index, slot, carry):
             B, C = (self.of_chunk[name].at[slot] for name in "BC")
             pairs = jnp.where(lower, tiles.product(C, tiles.turned(B)), 0.0)
             for head in range(TOGETHER):
@@ -140,7 +132,7 @@ class _Program:
                 plgpu.barrier_arrive(self.mixed.at[slot * TOGETHER + head])
             return carry
 
-        jax.lax.fori_loop(0, self.chunks, turn, jnp.int32(0))
+        self.ring.each(self.chunks, mix_chunk, jnp.int32(0))
 
     def walk(self, me):
         """The me-th head."""
@@ -149,9 +141,7 @@ class _Program:
         state_tile, y_tile = (self.mine[name].at[me] for name in ("state", "y"))
         dtype = y_tile.dtype
 
-        def turn(index, state):
-            slot = jax.lax.rem(index, STAGES)
-            plgpu.barrier_wait(self.arrived.at[slot])
+        def walk_chunk(index, slot, state):
             B, C = (self.of_chunk[name].at[slot] for name in "BC")
             x, s_of = (self.of_chunk[name].at[slot, me] for name in ("x", "s"))
             inflow, mixing = (self.mixed_tiles[name].at[slot, me] for name in ("inflow", "mixing"))
@@ -169,7 +159,7 @@ class _Program:
             y, state = pl.run_scoped(multiply, *[tiles.accumulator()] * 2)
             if skip is not None:
                 y = y + skip * x[...].astype(jnp.float32)
-            plgpu.barrier_arrive(self.freed.at[slot])
+            self.ring.free(slot)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             y_tile[...] = y.astype(dtype)
             state_tile[...] = state.astype(dtype)
@@ -181,7 +171,7 @@ class _Program:
         state, row, part = self._start(head)
         state_tile[...] = state.astype(dtype)
         plgpu.commit_smem()
-        state = jax.lax.fori_loop(0, self.chunks, turn, state)
+        state = self.ring.each(self.chunks, walk_chunk, state)
 
         @pl.when(part == self.parts - 1)
         def _():
@@ -207,7 +197,7 @@ def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
     heads, row = (jax.lax.axis_index(name) for name in ("heads", "row"))
     me = jax.lax.axis_index("warpgroup")
 
-    def scoped(shared, barriers):
+    def scoped(shared, ring):
         program = _Program(
             operands=operands,
             y_out=y_out,
@@ -218,8 +208,8 @@ def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
             size=size,
             heads=heads,
             row=row,
+            ring=tiles.Ring(STAGES, **ring),
             **shared,
-            **barriers,
         )
 
         @pl.when(me == _MIX)
@@ -246,11 +236,12 @@ def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
     mine = {"state": tiles.tile(TOGETHER, SIDE, size), "y": tiles.tile(TOGETHER, SIDE, SIDE)}
     pl.run_scoped(
         scoped,
-        {"of_chunk": of_chunk, "mixed_tiles": mixed_tiles, "mine": mine},
         {
-            "arrived": plgpu.Barrier(num_arrivals=2 + 3 * TOGETHER, num_barriers=STAGES),
+            "of_chunk": of_chunk,
+            "mixed_tiles": mixed_tiles,
+            "mine": mine,
             "mixed": plgpu.Barrier(num_barriers=STAGES * TOGETHER),
-            "freed": plgpu.Barrier(num_arrivals=TOGETHER, num_barriers=STAGES),
         },
+        tiles.Ring.barriers(STAGES, copies=2 + 3 * TOGETHER, users=TOGETHER),
         collective_axes="warpgroup",
     )

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,57 @@ from jaxlib.mlir.dialects import arith, llvm
 
 # Tokens of a chunk, and features of a head: the rows of the matrix units' results.
 SIDE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Places for tiles, taken in turn: a warpgroup asks for the tiles ahead of time, others use them.
+
+    Attributes:
+        places: how many.
+        arrived, freed: of each place, barriers that the copies into it and those who use it arrive at.
+    """
+
+    places: int
+    arrived: Any
+    freed: Any
+
+    @staticmethod
+    def barriers(places: int, *, copies: int, users: int) -> dict[str, Any]:
+        """`arrived` and `freed`, as `run_scoped` makes them."""
+        return {
+            "arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=places),
+            "freed": plgpu.Barrier(num_arrivals=users, num_barriers=places),
+        }
+
+    def fetch(self, count: int, copy: Callable[[Any, Any], None]) -> None:
+        """`copy(index, place)` for each of `count`, where the place is free."""
+
+        def turn(index, carry):
+            place = jax.lax.rem(index, self.places)
+
+            @pl.when(index >= self.places)
+            def _():
+                plgpu.barrier_wait(self.freed.at[place])
+
+            copy(index, place)
+            return carry
+
+        jax.lax.fori_loop(0, count, turn, jnp.int32(0))
+
+    def each(self, count: int, use: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+        """`carry = use(index, place, carry)` for each of `count`, where its tiles are there; `use` frees the place."""
+
+        def turn(index, carry):
+            place = jax.lax.rem(index, self.places)
+            plgpu.barrier_wait(self.arrived.at[place])
+            return use(index, place, carry)
+
+        return jax.lax.fori_loop(0, count, turn, carry)
+
+    def free(self, place: Any) -> None:
+        """This warpgroup needs the tiles there no more."""
+        plgpu.barrier_arrive(self.freed.at[place])
 
 
 def tile(*shape: int) -> Any:
@@ -40,8 +93,8 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def zeros(columns: int = SIDE) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((SIDE, columns), jnp.float32), plgpu.Layout.WGMMA)
+def zeros() -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((SIDE, SIDE), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def product(left, right) -> jax.Array:
