@@ -1,4 +1,4 @@
-"""The fused convolutions and gated norm for GPUs, against the same functions in XLA's operations: on a GPU the kernels
+"""The fused convolutions and norms for GPUs, against the same functions in XLA's operations: on a GPU the kernels
 themselves, elsewhere their bodies in interpret mode."""
 
 import os
@@ -118,6 +118,25 @@ class TestConv:
             static={},
             cotangents=cotangents,
         )
+
+    def test_bfloat16(self):
+        """Computed in float32 and rounded once, whatever instructions take the exponential. The bounds of sums are of
+        the terms, which are near 1."""
+        random = np.random.default_rng(0)
+        narrow = [normal(random, *shape).astype(jnp.bfloat16) for shape in ((2, 37, 24), (4, 24), (24,), (2, 37, 24))]
+
+        def run(x, kernel, bias, cotangent, **implementation):
+            def function(*arguments):
+                return causal_conv(*arguments, activation="silu", **implementation)[0]
+
+            y, backward = jax.vjp(function, x, kernel, bias)
+            return y, *backward(cotangent)
+
+        actual = run(*narrow, **FUSED)
+        wanted = run(*(array.astype(np.float32) for array in narrow), **XLA)
+        for ours, exact in zip(actual, wanted, strict=True):
+            assert ours.dtype == jnp.bfloat16
+            np.testing.assert_allclose(ours.astype(np.float32), exact, rtol=2**-8, atol=1e-4)
 
     def test_named_kernel_without_gpu_raises(self):
         if fused_gpu_obstacle() is None:
@@ -279,6 +298,22 @@ class TestGatedNorm:
         np.testing.assert_allclose(ours.astype(np.float32), wanted.astype(np.float32), rtol=2**-7, atol=1e-6)
         assert np.mean(np.asarray(ours) != np.asarray(wanted)) < 0.02
 
+    def test_gradients_in_bfloat16(self):
+        random = np.random.default_rng(0)
+        narrow = [
+            normal(random, *shape).astype(jnp.bfloat16) for shape in ((2, 37, 64), (2, 37, 64), (64,), (2, 37, 64))
+        ]
+
+        def gradients(y, gate, scale, cotangent, **implementation):
+            return jax.vjp(lambda *a: gated_rms_norm(*a, **implementation), y, gate, scale)[1](cotangent)
+
+        actual = gradients(*narrow, **FUSED)
+        wanted = gradients(*(array.astype(np.float32) for array in narrow), **XLA)
+        for ours, exact, bound in zip(actual, wanted, (1e-4, 1e-4, 74 * 2**-8), strict=True):
+            assert ours.dtype == jnp.bfloat16
+            # The normed values are rounded, as they were when the scale met them: 74 of them.
+            np.testing.assert_allclose(ours.astype(np.float32), exact, rtol=2**-8, atol=bound)
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -376,6 +411,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from zamba2_jax.ops.conv import mixer_convs
+from zamba2_jax.ops.gated_gelu import gated_gelu
 from zamba2_jax.ops.gated_norm import gated_rms_norm
 from zamba2_jax.ops.rms_norm import rms_norm
 
@@ -406,6 +442,17 @@ def close(actual, wanted):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5), actual, wanted)
 
 close(actual, wanted)
+
+def gelu(gate_up, **options):
+    return jax.jit(jax.value_and_grad(lambda x: jnp.sum(gated_gelu(x, **options).astype(jnp.float32))))(gate_up)
+
+gate_up = random.standard_normal((4, 6, 2, 512)).astype(jnp.bfloat16)
+wanted = gelu(gate_up, implementation="pallas_gpu", interpret=True)
+for axes in ("data", "tensor"), ("data", "sequence"):
+    with jax.set_mesh(jax.make_mesh((2, 2), axes, axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        actual = gelu(gate_up, implementation="pallas_gpu", interpret=True)
+    np.testing.assert_allclose(actual[0], wanted[0], rtol=1e-5)
+    np.testing.assert_array_equal(actual[1], wanted[1])
 
 gradients = jax.jit(jax.grad(norm), static_argnums=1)
 class Options(dict):

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from zamba2_jax.ops.gated_gelu import gated_gelu, split_gate_up
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
-
-
-def _gelu_by_erf(x: jax.Array) -> jax.Array:
-    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def _tanh_gelu(x: jax.Array) -> jax.Array:
@@ -73,25 +71,21 @@ ACTIVATIONS: dict[str, Activation] = {
     "tanh": jnp.tanh,
 }
 
-# What does for results of 16 bits. The exact form takes erfc, good where the result is nearly zero, by three series of
-# which each element is given all: on an H100 that took longer than the memory.
-_SHORTER: dict[str, Activation] = dict.fromkeys(("gelu", "gelu_python"), _gelu_by_erf)
+# Those that are x Φ(x) to the last bit that float32 has.
+_EXACT_GELUS = ("gelu", "gelu_python")
 
 
-def gated(activation: str, gate_up: Float[Array, "... 2 f"]) -> Float[Array, "... f"]:
+def gated(activation: str, gate_up: Float[Array, "b l 2 f"]) -> Float[Array, "b l f"]:
     """act(gate) · up, in float32 and rounded once.
 
     The backward pass is left gate_up alone: it reads that anyway, and makes the activation again for less than reading
     it would take.
     """
-    act = ACTIVATIONS[activation]
-    if gate_up.dtype.itemsize == 2:
-        act = _SHORTER.get(activation, act)
+    if activation in _EXACT_GELUS:
+        return gated_gelu(gate_up)
 
     def multiply(gate_up: jax.Array) -> jax.Array:
-        # Split, whose gradient joins two halves; that of slices adds two paddings, each of whose elements XLA computes
-        # for both.
-        gate, up = jax.lax.split(gate_up.astype(jnp.float32), (1, 1), axis=gate_up.ndim - 2)
-        return (act(gate) * up)[..., 0, :].astype(gate_up.dtype)
+        gate, up = split_gate_up(gate_up)
+        return (ACTIVATIONS[activation](gate) * up).astype(gate_up.dtype)
 
     return jax.checkpoint(multiply)(gate_up)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.gpu_arithmetic import Arithmetic
+
 # Tokens and channels per program, and tokens whose loads are on their way together.
 TOKENS, CHANNELS, TOGETHER = 64, 512, 8
 # Fewer tokens, forward and backward, where there are fewer programs than this, which a large card has room for. The
@@ -149,7 +151,17 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 class _Tokens:
     """Reads the inputs of one row and block of a stream's channels, and says which taps count."""
 
-    def __init__(self, refs: dict, stream: Stream, index: jax.Array, first: jax.Array, length: int, width: int):
+    def __init__(
+        self,
+        refs: dict,
+        stream: Stream,
+        index: jax.Array,
+        first: jax.Array,
+        length: int,
+        width: int,
+        arithmetic: Arithmetic,
+    ):
+        self.arithmetic = arithmetic
         self._refs, self._stream, self._length, self._width = refs, stream, length, width
         self.first = first
         self.block = stream.block
@@ -197,15 +209,16 @@ class _Tokens:
         """The k - 1 tokens before `token`."""
         return [self.read(token - back, before=True) for back in range(self._width - 1, 0, -1)]
 
-    def counts(self, one, other) -> jax.Array | float:
-        return (one == other).astype(jnp.float32) if "segment" in self._refs else 1.0
+    def felt(self, value, one, other) -> jax.Array:
+        """`value`, or zeros where two segments are not the same."""
+        return value * (one == other).astype(jnp.float32) if "segment" in self._refs else value
 
     def product(self, window: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
         """bias + Σ taps · inputs, `window` being the token and those before it, oldest first."""
         _, present = window[-1]
         total = self.bias
         for tap, (value, segment) in zip(self.taps, window, strict=True):
-            total += tap * value * self.counts(segment, present)
+            total = self.arithmetic.multiply_add(tap, self.felt(value, segment, present), total)
         return total
 
     def dx_counts(self, token) -> jax.Array:
@@ -228,6 +241,7 @@ class _Call:
         self.options = options
         self.batch, self.length = sources[0].shape[:2]
         self.width = kernels[0].shape[0]
+        self._arithmetic = Arithmetic.of(sources[0].dtype, interpret=options.interpret)
         named = {}
         for name, arrays in {"source": sources, "kernel": kernels, "bias": biases, "window": windows}.items():
             named |= {f"{name}{index}": array for index, array in enumerate(arrays)}
@@ -256,7 +270,8 @@ class _Call:
             first_token = pl.program_id(1) * self.stretch
 
             def of_stream(stream, index):
-                body(named, _Tokens(named, stream, index, first_token, self.length, self.width), stream)
+                place = (named, stream, index, first_token, self.length, self.width)
+                body(named, _Tokens(*place, self._arithmetic), stream)
 
             block, first = pl.program_id(0), 0
             if len(self.options.streams) == 1:
@@ -313,7 +328,7 @@ def _forward(sources, kernels, biases, windows, start, segment, options: Options
             for ahead in range(TOGETHER):
                 y = tokens.product(window[ahead : ahead + len(last) + 1])
                 if options.activate:
-                    y *= jax.nn.sigmoid(y)
+                    y *= tokens.arithmetic.sigmoid(y)
                 tokens.store_at(y_ref, begin + ahead, y, 0, begin + ahead < length)
             return window[TOGETHER:]
 
@@ -349,7 +364,8 @@ def _backward(sources, kernels, biases, windows, start, segment, dys, handed_on,
 
     def body(refs, tokens, stream):
         dy_ref, dx_ref = refs[f"dy{options.streams.index(stream)}"], refs[f"dsource{stream.source}"]
-        first = tokens.first
+        first, arithmetic = tokens.first, tokens.arithmetic
+        zeros, ones = jnp.zeros((stream.block,), jnp.float32), jnp.ones((stream.block,), jnp.float32)
 
         def advance(begin, count, last, later, sums):
             """Reads `count` tokens. `later` are the k - 1 latest gradients before the activation, with their segments,
@@ -363,28 +379,27 @@ def _backward(sources, kernels, biases, windows, start, segment, dys, handed_on,
                 gradient = gradients[ahead].astype(jnp.float32)
                 if options.activate:
                     y = tokens.product(reached)
-                    gate = jax.nn.sigmoid(y)
-                    gradient *= gate * (1 + y * (1 - gate))
+                    gate = arithmetic.sigmoid(y)
+                    gradient *= gate * arithmetic.multiply_add(y, 1 - gate, ones)
                 later = [*later, (gradient, present)]
                 token = begin + ahead
                 mine = jnp.where(token < first + call.stretch, gradient, 0.0)
                 dkernel = [
-                    total + mine * value * tokens.counts(other, present)
+                    arithmetic.multiply_add(mine, tokens.felt(value, other, present), total)
                     for total, (value, other) in zip(dkernel, reached, strict=True)
                 ]
                 dbias += mine
                 # The token k - 1 back has now been reached by all that can reach it, each with its own tap.
                 _, of_token = reached[0]
-                dx = jnp.zeros((stream.block,), jnp.float32)
+                dx = zeros
                 for tap, (value, other) in zip(reversed(tokens.taps), later, strict=True):
-                    dx += tap * value * tokens.counts(other, of_token)
+                    dx = arithmetic.multiply_add(tap, tokens.felt(value, other, of_token), dx)
                 token -= width - 1
                 dx = jnp.where(tokens.dx_counts(token), dx, 0.0)
                 tokens.store_at(dx_ref, token, dx, stream.offset, (token >= first) & (token < length))
                 later = later[1:]
             return window[count:], later, (dkernel, dbias)
 
-        zeros = jnp.zeros((stream.block,), jnp.float32)
         carry = (
             tokens.last(first),
             [(zeros, jnp.zeros((), jnp.int32) if segment is not None else 0) for _ in range(width - 1)],

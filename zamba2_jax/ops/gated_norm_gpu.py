@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from zamba2_jax.ops.gate import Z
+from zamba2_jax.ops.gpu_arithmetic import Arithmetic
 
 # Tokens per program of the backward pass, which adds up the scale's gradient over them, and how many of them are being
 # loaded while one is worked on.
@@ -109,13 +110,14 @@ def _block(size: int) -> int:
 def _forward(y, gate, scale, options: Options) -> jax.Array:
     gate, offset = _gate_rows(y, gate)
     size = y.shape[1] // options.groups
+    arithmetic = Arithmetic.of(y.dtype, interpret=options.interpret)
 
     def body(y_ref, gate_ref, scale_ref, out_ref):
         group = Group(size, options.eps)
         gate = group.load(gate_ref, offset=offset)
-        gated = group.load(y_ref) * gate * jax.nn.sigmoid(gate)
+        gated = group.load(y_ref) * gate * arithmetic.sigmoid(gate)
         # Rounded before the scale, as the checkpoints were trained.
-        rounded = (gated * group.inverse_rms(gated)).astype(out_ref.dtype).astype(jnp.float32)
+        rounded = arithmetic.rounded_to(out_ref.dtype, gated * group.inverse_rms(gated))
         group.store(out_ref, rounded * group.load(scale_ref))
 
     def row(array):
@@ -142,6 +144,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
     tokens, channels = y.shape
     size = channels // options.groups
     blocks = pl.cdiv(tokens, TOKENS)
+    arithmetic = Arithmetic.of(y.dtype, interpret=options.interpret)
 
     def body(y_ref, gate_ref, scale_ref, dout_ref, dy_ref, dgate_ref, dscale_ref):
         group = Group(size, options.eps)
@@ -161,15 +164,19 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
             dscale, under_way = carry
             [now, *under_way] = [*under_way, read(token + AHEAD)]
             y, gate, dout = (value.astype(jnp.float32) for value in now)
-            sigmoid = jax.nn.sigmoid(gate)
-            gated = y * gate * sigmoid
+            sigmoid = arithmetic.sigmoid(gate)
+            silu = gate * sigmoid
+            slope = arithmetic.multiply_add(silu, 1 - sigmoid, sigmoid)
+            gated = y * silu
             inverse = group.inverse_rms(gated)
             normed = gated * inverse
             dnormed = dout * scale
-            dgated = inverse * (dnormed - normed * group.mean(dnormed * normed))
-            group.store(dy_ref, dgated * gate * sigmoid, token)
-            group.store(dgate_ref, dgated * y * sigmoid * (1 + gate * (1 - sigmoid)), token, offset=to)
-            return dscale + dout * normed.astype(dout_ref.dtype).astype(jnp.float32), under_way
+            mean = jnp.zeros_like(normed) + group.mean(dnormed * normed)
+            dgated = inverse * arithmetic.multiply_add(-normed, mean, dnormed)
+            group.store(dy_ref, dgated * silu, token)
+            group.store(dgate_ref, dgated * y * slope, token, offset=to)
+            normed = arithmetic.rounded_to(dout_ref.dtype, normed)
+            return arithmetic.multiply_add(dout, normed, dscale), under_way
 
         start = jnp.zeros_like(scale), [read(first + ahead) for ahead in range(AHEAD)]
         dscale, _ = jax.lax.fori_loop(first, last, one, start)

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from zamba2_jax.ops.gated_norm_gpu import AHEAD, TOKENS, Group, warps_for
+from zamba2_jax.ops.gated_norm_gpu import AHEAD, Group, warps_for
+from zamba2_jax.ops.gpu_arithmetic import Arithmetic
+
+# A backward program walks between these many tokens, as many as let this many programs, which a large card has room
+# for, take them all: in a second round of a few most of it would idle.
+_FEWEST_TOKENS, _MOST_TOKENS, _PROGRAMS = 16, 48, 396
 
 
 class _Token:
@@ -80,16 +85,18 @@ def backward(
     """The gradients of `parts`, in their dtypes, to the first of which `passed` (t,d_1) is added; and that of scale
     (d,), in float32, to be added over blocks of tokens: (blocks,d)."""
     tokens, features = dout.shape
-    blocks = pl.cdiv(tokens, TOKENS)
+    stretch = _tokens_per_program(tokens)
+    blocks = pl.cdiv(tokens, stretch)
     rows = [*parts, dout, *([] if passed is None else [passed])]
     dout_dtype = dout.dtype
+    arithmetic = Arithmetic.of(dout_dtype, interpret=interpret)
 
     def body(scale_ref, *refs):
         row_refs, dx_refs, dscale_ref = refs[: len(rows)], refs[len(rows) : -1], refs[-1]
         vector = _Token(parts, eps)
         scale = vector.load_scale(scale_ref)
-        first = pl.program_id(0) * TOKENS
-        last = jnp.minimum(first + TOKENS, tokens)
+        first = pl.program_id(0) * stretch
+        last = jnp.minimum(first + stretch, tokens)
 
         def read(token):
             token = jnp.minimum(token, last - 1)
@@ -112,7 +119,7 @@ def backward(
                 dx = inverse * (dnormed[index] - normed[index] * mean)
                 group.store(ref, sum(passed, dx) if index == 0 else dx, token)
             dscale = [
-                total + dout * value.astype(dout_dtype).astype(jnp.float32)
+                arithmetic.multiply_add(dout, arithmetic.rounded_to(dout_dtype, value), total)
                 for total, dout, value in zip(dscale, douts, normed, strict=True)
             ]
             return dscale, under_way
@@ -141,3 +148,8 @@ def backward(
         name="rms_norm_backward",
     )(scale, *rows)
     return dparts, dscale
+
+
+def _tokens_per_program(tokens: int) -> int:
+    rounds = pl.cdiv(tokens, _PROGRAMS * _MOST_TOKENS)
+    return max(_FEWEST_TOKENS, pl.cdiv(tokens, _PROGRAMS * rounds))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.gpu_arithmetic import Arithmetic
+
 # A decay's logarithm below this is as good as minus infinity: exp(-120) is 0 in float32. A reset is written as this.
 NO_MEMORY = -120.0
 
@@ -180,8 +182,8 @@ class Decay:
     def __init__(self, values: list[jax.Array], ends: list[jax.Array], launch: Launch):
         self._values, self._ends = values, ends
         self._unit = unit_of(launch.chunk)
-        # The hardware's exponential, good to 22 bits, is what bfloat16 needs; there is none in interpret mode.
-        self._exp2 = jnp.exp2 if launch.interpret or len(values) == 2 else _fast_exp2
+        # Sums in two parts are of float32 inputs.
+        self._exp2 = Arithmetic(rounded=len(values) == 1, interpret=launch.interpret).exp2
 
     def _difference(self, left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
         rest = left[0] - right[0]
@@ -214,14 +216,6 @@ _COLUMN, _ROW = (slice(None), None), (None, slice(None))
 def unit_of(chunk: int) -> float:
     """What the integer sums count: |NO_MEMORY| / log 2 < 2^8, so that a chunk of them stays below 2^31."""
     return chunk * 2.0**-23
-
-
-def _fast_exp2(x: jax.Array) -> jax.Array:
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    [result] = plgpu.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
-    )
-    return result
 
 
 def lower_triangle(chunk: int) -> jax.Array:
