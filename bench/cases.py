@@ -32,7 +32,7 @@ class Case:
         size: of the model.
         batch, length: rows, and tokens per row: of the prompt or context where one token follows.
         backward: with the gradient (ssd and conv; "train" always has it).
-        remat: None, or the policy of gradient checkpointing: "layer" or "projections".
+        remat: None, or the policy of gradient checkpointing: "layer", "attention" or "projections".
         filled: the compilation cache holds the programs already.
         quantize: None, "int8" or "int4" weights.
     """
@@ -61,7 +61,8 @@ class Case:
         if self.kind in ("ssd", "conv") and self.backward:
             name += " forward+backward"
         name += f" {self.batch} x {self.length}"
-        name += {None: "", "layer": ", rematerialised", "projections": ", products kept"}[self.remat]
+        kept = {"layer": "rematerialised", "attention": "rematerialised but attention", "projections": "products kept"}
+        name += f", {kept[self.remat]}" if self.remat else ""
         return name if self.quantize is None else f"{name}, {self.quantize}"
 
     @property
@@ -108,7 +109,7 @@ def _group(group: str, size: str, scale: Scale) -> list[Case]:
         case "decode" | "prefill":
             return [Case(group, group, size, *shape) for shape in getattr(scale, group)]
         case "train":
-            policies = ("layer", "projections", None)
+            policies = ("layer", "attention", "projections", None)
             return [Case(group, group, size, *shape, remat=policy) for shape in scale.train for policy in policies]
         case "context":
             return [Case(group, group, size, 1, length) for length in scale.contexts]

@@ -174,7 +174,7 @@ class Run:
             return {"status": "skipped", "reason": "the run's deadline had passed"}
         if side == "peer" and case.quantize is not None:
             return {"status": "skipped", "reason": "transformers has no such weights without further packages"}
-        if side == "peer" and case.remat == "projections":
+        if side == "peer" and case.remat in ("attention", "projections"):
             return {"status": "skipped", "reason": "transformers has no such policy"}
         if "error" in checkpoint:
             return {"status": "error", "error": f"no checkpoint to load: {checkpoint['error']}"}

@@ -61,7 +61,7 @@ def plain_gradient(ids):
     return gradient(ids)
 
 
-@pytest.mark.parametrize(("policy", "scan"), [("layer", False), ("projections", True)])
+@pytest.mark.parametrize(("policy", "scan"), [("layer", False), ("attention", False), ("projections", True)])
 def test_gradients_are_the_same(ids, plain_gradient, policy, scan):
     value, slopes = gradient(ids, policy, scan)
     assert abs(value - plain_gradient[0]) < 1e-6 * plain_gradient[0]
@@ -97,8 +97,11 @@ def residual_bytes(ids, policy, scan=False):
 @pytest.mark.parametrize("scan", [False, True])
 def test_policies_keep_less(scan):
     ids = tokens(64, 8, 128)
-    everything, projections, layer = (residual_bytes(ids, policy, scan) for policy in ("none", "projections", "layer"))
+    everything, projections, attention, layer = (
+        residual_bytes(ids, policy, scan) for policy in ("none", "projections", "attention", "layer")
+    )
     assert projections < 0.5 * everything
+    assert layer < attention < layer + 0.5 * (projections - layer)
     assert layer < 0.25 * projections
     # A layer's input; the shared blocks' results; the embedding, the last norm's input and what the loss keeps.
     stream = ids.size * 32 * 4
@@ -106,7 +109,7 @@ def test_policies_keep_less(scan):
     assert layer < (6 + 2 * 2 + 6) * stream + 2 * parameters
 
 
-def test_projections_keep_what_cudnn_attention_gives(monkeypatch):
+def test_what_cudnn_attention_gives_is_kept(monkeypatch):
     """In the programs of JAX's own function, traced as where there is a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -125,7 +128,7 @@ def test_projections_keep_what_cudnn_attention_gives(monkeypatch):
         program = jax.make_jaxpr(jax.grad(lambda query: jnp.sum(attend(query), dtype=jnp.float32)))(query)
         return str(program).count("dot_product_attention_fwd_wrapper[")
 
-    assert (times("projections"), times("layer")) == (1, 2)
+    assert (times("projections"), times("attention"), times("layer")) == (1, 1, 2)
 
 
 def test_compiled_memory_goes_down():
@@ -222,6 +225,8 @@ def test_names_of_transformers():
 
 def test_other_names_are_refused():
     model = nnx.eval_shape(lambda: Zamba2Model(config(), rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="gradient checkpointing is 'dots'; it must be one of 'none', 'layer', 'proj"):
+    with pytest.raises(
+        ValueError, match="gradient checkpointing is 'dots'; it must be one of 'none', 'layer', 'attention'"
+    ):
         model.gradient_checkpointing_enable("dots")
     assert not model.is_gradient_checkpointing

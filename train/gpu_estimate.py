@@ -71,6 +71,8 @@ def working_bytes(config: Zamba2Config, rows: Rows, *, weights: Mapping[str, int
     layers, uses, d = config.num_hidden_layers, config.num_hybrid_layers, config.hidden_size
     # The input of each, a use's result on its way into the layer, the embedding, and the last layer's result.
     kept = (layers + 2 * uses + 2) * d * rows.itemsize
+    if rows.policy in ("attention", "projections"):
+        kept += uses * use["attention"]
     if rows.policy == "projections":
         kept += layers * layer["products"] + uses * use["products"]
     elif rows.policy == "none":
@@ -101,16 +103,18 @@ def _layer(config: Zamba2Config, rows: Rows) -> dict[str, float]:
 
 
 def _use(config: Zamba2Config, rows: Rows) -> dict[str, float]:
-    """The same of a use of a shared block."""
+    """The same of a use of a shared block, and what "attention" gives."""
     s, t = rows.itemsize, rows.tensor
     d, i = config.hidden_size, config.intermediate_size / t
     a = config.num_attention_heads * config.attention_head_dim / t
     c = config.num_key_value_heads * config.attention_head_dim / t
     products = s * (a + 2 * c + d + 2 * i + d)
     rotated = (a + c) if config.use_mem_rope else 0
-    # The normed concatenation; attention's result and its normalisers; the normed result; gate times up; the output.
-    rest = s * (2 * d + rotated + a + d + i + d) + _FLOAT32 * config.num_attention_heads / t
-    return {"products": products, "all": products + rest}
+    # The result and its normalisers.
+    attention = s * a + _FLOAT32 * config.num_attention_heads / t
+    # The normed concatenation; attention; the normed result; gate times up; the output.
+    rest = s * (2 * d + rotated + d + i + d) + attention
+    return {"attention": attention, "products": products, "all": products + rest}
 
 
 def _layer_weights(config: Zamba2Config) -> float:

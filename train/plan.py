@@ -57,9 +57,9 @@ class PlanOptions(LoraOptions, StepOptions, ModelOptions):
     """Of the run. They change nothing here."""
     seq_len: int = 1024
     """Tokens per row."""
-    gradient_checkpointing: Literal["none", "layer", "projections"] = "none"
-    """What the backward pass recomputes to save memory: nothing, all but each layer's input, or all but wide
-    products."""
+    gradient_checkpointing: Literal["none", "layer", "attention", "projections"] = "none"
+    """What the backward pass recomputes to save memory: nothing, all but each layer's input, all but that and attention,
+    or all but those and wide products."""
     scan_layers: bool = False
     """Compile one body for all equal layers."""
     attention_dropout: float | None = None

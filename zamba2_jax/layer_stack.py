@@ -24,21 +24,29 @@ from zamba2_jax.layers.linear import Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.projection import PROJECTION
 from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
+from zamba2_jax.ops.attention import ATTENTION
 from zamba2_jax.tokens import TokenLayout
 
-_keep_named = jax.checkpoint_policies.save_only_these_names(PROJECTION)
+_Policy = Callable[..., bool]
 
 
-def _keep_projections(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    # cuDNN's attention gives the sums of its softmax beside its result: both kept, it is not run again. It has no place
-    # for a name; a JAX that calls it otherwise runs it twice.
-    return primitive.name.startswith("dot_product_attention_fwd") or _keep_named(primitive, *arguments, **parameters)
+def _keep(*names: str) -> _Policy:
+    """Keeps what attention gives, and what has one of these names."""
+    keep_named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def keep(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+        # cuDNN's attention gives the sums of its softmax beside its result: both kept, it is not run again. It has no
+        # place for a name; a JAX that calls it otherwise runs it twice.
+        return primitive.name.startswith("dot_product_attention_fwd") or keep_named(primitive, *arguments, **parameters)
+
+    return keep
 
 
-CHECKPOINT_POLICIES: dict[str, Callable[..., bool] | None] = {
+CHECKPOINT_POLICIES: dict[str, _Policy | None] = {
     "none": None,
     "layer": jax.checkpoint_policies.nothing_saveable,
-    "projections": _keep_projections,
+    "attention": _keep(ATTENTION),
+    "projections": _keep(ATTENTION, PROJECTION),
 }
 
 

@@ -141,10 +141,12 @@ class PretrainedModel(nnx.Module):
             policy: what is kept of each mamba layer and of each use of a shared block.
                 "layer": its input alone, (b, l, d) each. The least memory; the forward pass runs twice, but for each
                 layer's last matrix product.
+                "attention": also what attention gives, (b, l, 2 d) for each use of a shared block: the one part whose
+                time grows with the square of the length is not run again.
                 "projections": also the results of its wide matrix products: gate, x, B, C and dt of a mamba layer,
                 some (b, l, 2 E) numbers; queries, keys, values, the attention's and MLP's outputs, gate and up of a
-                shared block, some (b, l, 16 d). Recomputed are norms, activations, convolution, state-space recurrence
-                and attention, unless it is cuDNN's, whose result (b, l, 2 d) is kept too.
+                shared block, some (b, l, 16 d). Recomputed are norms, activations, convolution and state-space
+                recurrence.
                 "none": everything that the backward pass reads, as without checkpointing.
 
         Raises:

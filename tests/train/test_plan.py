@@ -248,7 +248,7 @@ def test_bad_input(small, changes, message, monkeypatch):
         ({"batch_size": 0}, "--batch-size must be positive, got 0"),
         (
             {"gradient_checkpointing": "all"},
-            "--gradient-checkpointing must be one of none, layer, projections, got all",
+            "--gradient-checkpointing must be one of none, layer, attention, projections, got all",
         ),
     ],
 )

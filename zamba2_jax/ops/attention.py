@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from zamba2_jax.ops._checks import check_boolean, check_choice, check_floating, check_integer, check_rank, check_shape
@@ -30,6 +31,10 @@ IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
 # Added to the scores of hidden keys. Finite, so that a query that may see nothing gets the mean of all values instead
 # of NaN.
 MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# The name, for policies of checkpointing, of what a backward pass needs of the forward one so that this is not run again.
+# cuDNN's has none: there it is the results of the primitive.
+ATTENTION = "attention"
 
 # The TPU kernel's tiles: lengths must be multiples of the smaller, and the larger is used where it divides them.
 SPLASH_BLOCKS = (512, 256, 128)
@@ -96,23 +101,26 @@ def attention(
         return cudnn_attention(query, key, value, scale=scale, mask=None, is_causal=is_causal, token_mask=token_mask)
     if token_mask is not None:
         segment_ids = _apart(segment_ids, token_mask)
-    match implementation:
-        case "reference":
-            return _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))[0]
-        case "splash":
-            return _splash_on_mesh(query, key, value, scale, segment_ids)
-        case "xla" if is_causal and mask is None:
-            return _causal_on_mesh(query, key, value, scale, segment_ids)
-        case "xla" if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):
-            return masked_attention(query, key, value, mask, scale=scale, masked_score=MASKED_SCORE)
-        case "cudnn":  # with a mask, to which padding is joined
-            mask = _join(mask, False, segment_ids, query, key)
-            return cudnn_attention(query, key, value, scale=scale, mask=mask, is_causal=is_causal, token_mask=None)
-        case _:
-            mask = _join(mask, False, segment_ids, query, key)
-            return jax.nn.dot_product_attention(
-                query, key, value, mask=mask, scale=scale, is_causal=is_causal, implementation="xla"
-            )
+    if implementation == "splash":
+        return _splash_on_mesh(query, key, value, scale, segment_ids)
+    if implementation == "cudnn":  # with a mask, to which padding is joined
+        mask = _join(mask, False, segment_ids, query, key)
+        return cudnn_attention(query, key, value, scale=scale, mask=mask, is_causal=is_causal, token_mask=None)
+    out = _in_xla(query, key, value, scale, mask, is_causal, segment_ids, reference=implementation == "reference")
+    return checkpoint_name(out, ATTENTION)
+
+
+def _in_xla(query, key, value, scale, mask, is_causal, segment_ids, *, reference: bool) -> jax.Array:
+    if reference:
+        return _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))[0]
+    if is_causal and mask is None:
+        return _causal_on_mesh(query, key, value, scale, segment_ids)
+    if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):
+        return masked_attention(query, key, value, mask, scale=scale, masked_score=MASKED_SCORE)
+    mask = _join(mask, False, segment_ids, query, key)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, is_causal=is_causal, implementation="xla"
+    )
 
 
 def prefill_attention(
@@ -389,6 +397,7 @@ def _splash_kernel(length: int, heads: int, parts: int):
         MultiHeadMask([CausalMask((length, length), shard_count=parts)] * heads),
         head_shards=1,
         q_seq_shards=parts,
+        residual_checkpoint_name=ATTENTION,
         block_sizes=BlockSizes(
             block_q=block,
             block_kv=block,
