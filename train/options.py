@@ -88,8 +88,8 @@ class RunOptions(StepOptions, ModelOptions, ProcessOptions):
     output: Path
     """The run's directory. The same command with the same output resumes."""
     gradient_checkpointing: Literal["none", "layer", "attention", "projections"] = "none"
-    """What the backward pass recomputes to save memory: nothing, all but each layer's input, all but that and attention,
-    or all but those and wide products."""
+    """What the backward pass recomputes to save memory: nothing, all but each layer's input, all but that and
+    attention, or all but those and wide products."""
     scan_layers: bool = False
     """Compile one body for all equal layers: faster to compile, more memory."""
     attention_dropout: float | None = None

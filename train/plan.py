@@ -58,8 +58,8 @@ class PlanOptions(LoraOptions, StepOptions, ModelOptions):
     seq_len: int = 1024
     """Tokens per row."""
     gradient_checkpointing: Literal["none", "layer", "attention", "projections"] = "none"
-    """What the backward pass recomputes to save memory: nothing, all but each layer's input, all but that and attention,
-    or all but those and wide products."""
+    """What the backward pass recomputes to save memory: nothing, all but each layer's input, all but that and
+    attention, or all but those and wide products."""
     scan_layers: bool = False
     """Compile one body for all equal layers."""
     attention_dropout: float | None = None

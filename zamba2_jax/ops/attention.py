@@ -32,8 +32,8 @@ IMPLEMENTATIONS = ("reference", "xla", "cudnn", "splash")
 # of NaN.
 MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# The name, for policies of checkpointing, of what a backward pass needs of the forward one so that this is not run again.
-# cuDNN's has none: there it is the results of the primitive.
+# The name, for policies of checkpointing, of what the backward pass needs of the forward one, so that this is not run
+# again. cuDNN's has none: there it is the results of the primitive.
 ATTENTION = "attention"
 
 # The TPU kernel's tiles: lengths must be multiples of the smaller, and the larger is used where it divides them.

@@ -128,9 +128,8 @@ class _Program:
                 decay = tiles.decay(tiles.along_rows(s), tiles.along_columns(tiles.of_columns(s_of)))
                 weight = pairs * decay * tiles.along_columns(tiles.of_columns(dt_of))
                 mixing[...] = weight.astype(mixing.dtype)
-            # Once for all heads: it takes as long as the work on one.
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(self.mixed.at[slot])
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(self.mixed.at[slot * TOGETHER + head])
             return carry
 
         self.ring.each(self.chunks, mix_chunk, jnp.int32(0))
@@ -150,7 +149,7 @@ class _Program:
             def multiply(carried, within):
                 plgpu.wgmma(carried, C, tiles.turned(state_tile))
                 from_start, kept = jnp.exp2(tiles.of_rows(s_of)), jnp.exp2(s_of[SIDE - 1])
-                plgpu.barrier_wait(self.mixed.at[slot])
+                plgpu.barrier_wait(self.mixed.at[slot * TOGETHER + me])
                 plgpu.wgmma(within, mixing, x)
                 new = pl.run_state(lambda total: plgpu.wgmma(total, tiles.turned(inflow), B))(
                     plgpu.ACC.init(state * kept)
@@ -241,7 +240,7 @@ def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
             "of_chunk": of_chunk,
             "mixed_tiles": mixed_tiles,
             "mine": mine,
-            "mixed": plgpu.Barrier(num_barriers=STAGES),
+            "mixed": plgpu.Barrier(num_barriers=STAGES * TOGETHER),
         },
         tiles.Ring.barriers(STAGES, copies=2 + 3 * TOGETHER, users=TOGETHER),
         collective_axes="warpgroup",
