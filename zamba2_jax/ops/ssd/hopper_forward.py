@@ -1,10 +1,11 @@
 """Kernel for Hopper GPUs: what `pallas_gpu_kernels.forward` makes, for two heads of a group in a program.
 
 Written in Pallas' Mosaic backend, where the warpgroups of a program have jobs of their own. One asks for the chunks'
-tiles ahead of time; one makes what does not depend on the state, for both heads, which share G; one for each head walks
-the chunks with the state in registers. In Triton every head reads B and C for itself and makes G anew. Of 4 x 4096
-tokens, 64 heads of 64 and a state of 128, it took 0.21 ms on an H200, and this one 0.16. Without the second job's
-warpgroup, each head doing all of its own, it took 0.19.
+tiles ahead of time; one mixes, G∘L∘dt_j for both heads, which share G; one for each head walks the chunks with the
+state in registers. In Triton every head reads B and C for itself and makes G anew. Of 4 x 4096 tokens, 64 heads of 64
+and a state of 128, it took 0.21 ms on an H200, and this one 0.14. Who mixes is the one that the others wait for: each
+head doing all of its own took 0.19, what flows into the state made by who mixes 0.15. (A warpgroup that mixes for each
+head leaves the others too few registers; tiles asked into the cache ahead of that change nothing.)
 
 In the letters of `pallas_gpu_kernels`, of each chunk:
 
@@ -87,8 +88,8 @@ class _Program:
     heads: jax.Array
     row: jax.Array
     of_chunk: dict[str, Any]  # STAGES of B, C, and for each head x, dt, s
-    mixed_tiles: dict[str, Any]  # STAGES, for each head, of inflow and mixing
-    mine: dict[str, Any]  # state, y
+    mixing: Any  # STAGES, for each head
+    mine: dict[str, Any]  # state, inflow, y
     mixed: Any
     ring: tiles.Ring
 
@@ -113,21 +114,17 @@ class _Program:
         self.ring.fetch(self.chunks, fetch_chunk)
 
     def mix(self):
-        """What of each head's chunks does not depend on the state: (G∘L∘dt_j), and what flows into the state."""
+        """(G∘L∘dt_j) of each head."""
         lower = tiles.iota(0) >= tiles.iota(1)
 
         def mix_chunk(index, slot, carry):
             B, C = (self.of_chunk[name].at[slot] for name in "BC")
             pairs = jnp.where(lower, tiles.product(C, tiles.turned(B)), 0.0)
             for head in range(TOGETHER):
-                x, dt_of, s_of = (self.of_chunk[name].at[slot, head] for name in ("x", "dt", "s"))
-                inflow, mixing = (self.mixed_tiles[name].at[slot, head] for name in ("inflow", "mixing"))
-                s, last = tiles.of_rows(s_of), s_of[SIDE - 1]
-                gain = tiles.of_rows(dt_of) * jnp.exp2(last - s)
-                inflow[...] = (x[...].astype(jnp.float32) * tiles.along_rows(gain)).astype(inflow.dtype)
-                decay = tiles.decay(tiles.along_rows(s), tiles.along_columns(tiles.of_columns(s_of)))
-                weight = pairs * decay * tiles.along_columns(tiles.of_columns(dt_of))
-                mixing[...] = weight.astype(mixing.dtype)
+                dt_of, s_of = (self.of_chunk[name].at[slot, head] for name in ("dt", "s"))
+                rows, columns = tiles.along_rows(tiles.of_rows(s_of)), tiles.along_columns(tiles.of_columns(s_of))
+                weight = pairs * tiles.decay(rows, columns) * tiles.along_columns(tiles.of_columns(dt_of))
+                self.mixing[slot, head] = weight.astype(self.mixing.dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(self.mixed.at[slot * TOGETHER + head])
             return carry
@@ -138,27 +135,32 @@ class _Program:
         """The me-th head."""
         head = self.heads * TOGETHER + me
         skip = self.operands["D"][head] if "D" in self.operands else None
-        state_tile, y_tile = (self.mine[name].at[me] for name in ("state", "y"))
+        state_tile, inflow_tile, y_tile = (self.mine[name].at[me] for name in ("state", "inflow", "y"))
         dtype = y_tile.dtype
 
         def walk_chunk(index, slot, state):
             B, C = (self.of_chunk[name].at[slot] for name in "BC")
-            x, s_of = (self.of_chunk[name].at[slot, me] for name in ("x", "s"))
-            inflow, mixing = (self.mixed_tiles[name].at[slot, me] for name in ("inflow", "mixing"))
+            x, dt_of, s_of = (self.of_chunk[name].at[slot, me] for name in ("x", "dt", "s"))
 
-            def multiply(carried, within):
+            def without_mixing(carried):
                 plgpu.wgmma(carried, C, tiles.turned(state_tile))
-                from_start, kept = jnp.exp2(tiles.of_rows(s_of)), jnp.exp2(s_of[SIDE - 1])
-                plgpu.barrier_wait(self.mixed.at[slot * TOGETHER + me])
-                plgpu.wgmma(within, mixing, x)
-                new = pl.run_state(lambda total: plgpu.wgmma(total, tiles.turned(inflow), B))(
-                    plgpu.ACC.init(state * kept)
-                )
-                return carried[...] * tiles.along_rows(from_start) + within[...], new
+                wide = x[...].astype(jnp.float32)
+                s, last = tiles.of_rows(s_of), s_of[SIDE - 1]
+                gain = tiles.of_rows(dt_of) * jnp.exp2(last - s)
+                inflow_tile[...] = (wide * tiles.along_rows(gain)).astype(dtype)
+                plgpu.commit_smem()
+                y = carried[...] * tiles.along_rows(jnp.exp2(s))
+                return y if skip is None else y + skip * wide, jnp.exp2(last)
 
-            y, state = pl.run_scoped(multiply, *[tiles.accumulator()] * 2)
-            if skip is not None:
-                y = y + skip * x[...].astype(jnp.float32)
+            def multiply(totals):
+                y, state = totals
+                plgpu.wgmma(y, self.mixing.at[slot, me], x)
+                plgpu.wgmma(state, tiles.turned(inflow_tile), B)
+
+            y, kept = pl.run_scoped(without_mixing, tiles.accumulator())
+            state = state * kept
+            plgpu.barrier_wait(self.mixed.at[slot * TOGETHER + me])
+            y, state = pl.run_state(multiply)((plgpu.ACC.init(y), plgpu.ACC.init(state)))
             self.ring.free(slot)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             y_tile[...] = y.astype(dtype)
@@ -232,13 +234,15 @@ def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
         "x": tiles.tile(STAGES, TOGETHER, SIDE, SIDE),
         **{name: tiles.vector(STAGES, TOGETHER, SIDE) for name in ("dt", "s")},
     }
-    mixed_tiles = {name: tiles.tile(STAGES, TOGETHER, SIDE, SIDE) for name in ("inflow", "mixing")}
-    mine = {"state": tiles.tile(TOGETHER, SIDE, size), "y": tiles.tile(TOGETHER, SIDE, SIDE)}
+    mine = {
+        "state": tiles.tile(TOGETHER, SIDE, size),
+        **{name: tiles.tile(TOGETHER, SIDE, SIDE) for name in ("inflow", "y")},
+    }
     pl.run_scoped(
         scoped,
         {
             "of_chunk": of_chunk,
-            "mixed_tiles": mixed_tiles,
+            "mixing": tiles.tile(STAGES, TOGETHER, SIDE, SIDE),
             "mine": mine,
             "mixed": plgpu.Barrier(num_barriers=STAGES * TOGETHER),
         },
