@@ -27,26 +27,28 @@ from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, Sha
 from zamba2_jax.ops.attention import ATTENTION
 from zamba2_jax.tokens import TokenLayout
 
-_Policy = Callable[..., bool]
+_has_name_of_attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+_has_name_of_projection = jax.checkpoint_policies.save_only_these_names(PROJECTION)
 
 
-def _keep(*names: str) -> _Policy:
-    """Keeps what attention gives, and what has one of these names."""
-    keep_named = jax.checkpoint_policies.save_only_these_names(*names)
-
-    def keep(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-        # cuDNN's attention gives the sums of its softmax beside its result: both kept, it is not run again. It has no
-        # place for a name; a JAX that calls it otherwise runs it twice.
-        return primitive.name.startswith("dot_product_attention_fwd") or keep_named(primitive, *arguments, **parameters)
-
-    return keep
+# Functions with names, not closures: programs kept on disk are told apart by them.
+def _keep_attention(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    # cuDNN's gives the sums of its softmax beside its result: both kept, it is not run again. It has no place for a
+    # name; a JAX that calls it otherwise runs it twice.
+    is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return is_cudnn or _has_name_of_attention(primitive, *arguments, **parameters)
 
 
-CHECKPOINT_POLICIES: dict[str, _Policy | None] = {
+def _keep_projections(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    keep = _keep_attention(primitive, *arguments, **parameters)
+    return keep or _has_name_of_projection(primitive, *arguments, **parameters)
+
+
+CHECKPOINT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "layer": jax.checkpoint_policies.nothing_saveable,
-    "attention": _keep(ATTENTION),
-    "projections": _keep(ATTENTION, PROJECTION),
+    "attention": _keep_attention,
+    "projections": _keep_projections,
 }
 
 

@@ -436,7 +436,6 @@ def _tables() -> list[Any]:
     return [
         sharding.RULES,
         activations.ACTIVATIONS,
-        activations._SHORTER,
         products_gpu.ACTIVATIONS,
         api.FUSED,
         layer_stack.CHECKPOINT_POLICIES,

@@ -365,7 +365,7 @@ def _backward(sources, kernels, biases, windows, start, segment, dys, handed_on,
     def body(refs, tokens, stream):
         dy_ref, dx_ref = refs[f"dy{options.streams.index(stream)}"], refs[f"dsource{stream.source}"]
         first, arithmetic = tokens.first, tokens.arithmetic
-        zeros, ones = jnp.zeros((stream.block,), jnp.float32), jnp.ones((stream.block,), jnp.float32)
+        zeros = jnp.zeros((stream.block,), jnp.float32)
 
         def advance(begin, count, last, later, sums):
             """Reads `count` tokens. `later` are the k - 1 latest gradients before the activation, with their segments,
@@ -380,7 +380,7 @@ def _backward(sources, kernels, biases, windows, start, segment, dys, handed_on,
                 if options.activate:
                     y = tokens.product(reached)
                     gate = arithmetic.sigmoid(y)
-                    gradient *= gate * arithmetic.multiply_add(y, 1 - gate, ones)
+                    gradient *= gate * arithmetic.multiply_add(y, 1 - gate, 1.0)
                 later = [*later, (gradient, present)]
                 token = begin + ahead
                 mine = jnp.where(token < first + call.stretch, gradient, 0.0)

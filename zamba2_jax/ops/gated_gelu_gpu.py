@@ -44,12 +44,11 @@ def normal_distribution(x: jax.Array, arithmetic: Arithmetic) -> tuple[jax.Array
     Φ by formula 7.1.26 of Abramowitz and Stegun's Handbook of Mathematical Functions, whose error is at most 0.75e-7:
     an exponential, which the derivative needs too, times a polynomial of 1/(1 + p|x|/√2)."""
     exponential = arithmetic.exp2(x * x * (-0.5 * math.log2(math.e)))
-    ones = jnp.ones_like(x)
-    t = arithmetic.reciprocal(arithmetic.multiply_add(jnp.abs(x), ones * (0.3275911 * math.sqrt(0.5)), ones))
+    t = arithmetic.reciprocal(arithmetic.multiply_add(jnp.abs(x), 0.3275911 * math.sqrt(0.5), 1.0))
     coefficients = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
-    polynomial = ones * (0.5 * coefficients[0])
+    polynomial = 0.5 * coefficients[0]
     for coefficient in coefficients[1:]:
-        polynomial = arithmetic.multiply_add(polynomial, t, ones * (0.5 * coefficient))
+        polynomial = arithmetic.multiply_add(polynomial, t, 0.5 * coefficient)
     beyond = polynomial * t * exponential
     return jnp.where(x < 0, beyond, 1 - beyond), exponential
 

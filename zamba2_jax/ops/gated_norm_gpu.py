@@ -171,8 +171,7 @@ def _backward(y, gate, scale, dout, options: Options) -> tuple[jax.Array, jax.Ar
             inverse = group.inverse_rms(gated)
             normed = gated * inverse
             dnormed = dout * scale
-            mean = jnp.zeros_like(normed) + group.mean(dnormed * normed)
-            dgated = inverse * arithmetic.multiply_add(-normed, mean, dnormed)
+            dgated = inverse * arithmetic.multiply_add(-normed, group.mean(dnormed * normed), dnormed)
             group.store(dy_ref, dgated * silu, token)
             group.store(dgate_ref, dgated * y * slope, token, offset=to)
             normed = arithmetic.rounded_to(dout_ref.dtype, normed)

@@ -12,11 +12,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Operations on float32 values of one shape.
+    """Operations on float32 values.
 
     Attributes:
         rounded: that results become 16-bit numbers: exponentials and reciprocals are then the hardware's, good to 22
@@ -32,8 +33,8 @@ class Arithmetic:
         """For results of this dtype."""
         return Arithmetic(rounded=jnp.dtype(dtype).itemsize == 2, interpret=interpret)
 
-    def multiply_add(self, one: jax.Array, other: jax.Array, added: jax.Array) -> jax.Array:
-        """one · other + added, rounded once."""
+    def multiply_add(self, one: ArrayLike, other: ArrayLike, added: ArrayLike) -> jax.Array:
+        """one · other + added, rounded once; of one shape or made so, as in NumPy."""
         if self.interpret:
             return one * other + added
         return _instruction("fma.rn.f32 $0, $1, $2, $3;", one, other, added)
@@ -65,12 +66,13 @@ class Arithmetic:
         return _instruction("cvt.rn.bf16x2.f32 $0, $1, 0f00000000;", x, constraint="=r")
 
 
-def _instruction(code: str, *operands: jax.Array, constraint: str = "=f") -> jax.Array:
+def _instruction(code: str, *operands: ArrayLike, constraint: str = "=f") -> jax.Array:
+    shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
     [result] = plgpu.elementwise_inline_asm(
         code,
-        args=list(operands),
+        args=[jnp.broadcast_to(jnp.asarray(operand, jnp.float32), shape) for operand in operands],
         constraints=",".join([constraint, *["f"] * len(operands)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
     )
     return result
