@@ -106,13 +106,14 @@ def attention(
     if implementation == "cudnn":  # with a mask, to which padding is joined
         mask = _join(mask, False, segment_ids, query, key)
         return cudnn_attention(query, key, value, scale=scale, mask=mask, is_causal=is_causal, token_mask=None)
-    out = _in_xla(query, key, value, scale, mask, is_causal, segment_ids, reference=implementation == "reference")
+    if implementation == "reference":
+        out, _ = _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))
+    else:
+        out = _in_xla(query, key, value, scale, mask, is_causal, segment_ids)
     return checkpoint_name(out, ATTENTION)
 
 
-def _in_xla(query, key, value, scale, mask, is_causal, segment_ids, *, reference: bool) -> jax.Array:
-    if reference:
-        return _reference(query, key, value, scale, _join(mask, is_causal, segment_ids, query, key))[0]
+def _in_xla(query, key, value, scale, mask, is_causal, segment_ids) -> jax.Array:
     if is_causal and mask is None:
         return _causal_on_mesh(query, key, value, scale, segment_ids)
     if mask is not None and not is_causal and segment_ids is None and _is_large(query, key):

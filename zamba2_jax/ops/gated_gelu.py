@@ -1,6 +1,7 @@
 """The gated GELU of the shared blocks' MLP."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -44,7 +45,8 @@ def gated_gelu(
     batch, length, _, features = gate_up.shape
     sizes = automatic_axes()
     split = dividing((RULES["mlp"],), sizes, features)
-    obstacle = _kernel_obstacle(gate_up, _parts(split, sizes), interpret)
+    parts = math.prod(sizes[axis] for axis in split or ())
+    obstacle = _kernel_obstacle(gate_up.dtype, features // parts, interpret)
     if implementation == "pallas_gpu" and obstacle is not None:
         raise ValueError(f"implementation 'pallas_gpu' cannot serve: {obstacle}")
     if implementation == "xla" or obstacle is not None:
@@ -61,20 +63,16 @@ def gated_gelu(
     return on_each_device(local, (gate_up,), (PartitionSpec(*rows, None, split),), PartitionSpec(*rows, split))
 
 
-def _parts(axes: tuple[str, ...] | None, sizes: dict[str, int]) -> int:
-    parts = 1
-    for axis in axes or ():
-        parts *= sizes[axis]
-    return parts
+def _kernel_obstacle(dtype: jnp.dtype, features: int, interpret: bool) -> str | None:
+    """Of a device's share of the features."""
+    from zamba2_jax.ops.gated_gelu_gpu import FEWEST_FEATURES
 
-
-def _kernel_obstacle(gate_up: jax.Array, parts: int, interpret: bool) -> str | None:
     if not interpret and (reason := fused_gpu_obstacle()) is not None:
         return reason
-    if gate_up.dtype.itemsize != 2:
-        return f"gate_up has dtype {gate_up.dtype}; it takes 16 bits"
-    if (features := gate_up.shape[3] // parts) % 256:
-        return f"a device has {features} features; it takes multiples of 256"
+    if dtype.itemsize != 2:
+        return f"gate_up has dtype {dtype}; it takes 16 bits"
+    if features % FEWEST_FEATURES:
+        return f"a device has {features} features; it takes multiples of {FEWEST_FEATURES}"
     return None
 
 

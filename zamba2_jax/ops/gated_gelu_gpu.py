@@ -16,14 +16,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from zamba2_jax.ops.gpu_arithmetic import Arithmetic
 
-# Features of a program at most, and of a thread.
-FEATURES, PER_THREAD = 2048, 16
+# Features of a program, at least and at most, powers of two; and of a thread.
+FEWEST_FEATURES, MOST_FEATURES, PER_THREAD = 256, 2048, 16
 GATE, UP = 0, 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gated_gelu(gate_up: jax.Array, interpret: bool) -> jax.Array:
-    """(t,2,f) of 16 bits -> (t,f); as `ops.gated_gelu.gated_gelu`. f is a multiple of 256."""
+    """(t,2,f) of 16 bits -> (t,f); as `ops.gated_gelu.gated_gelu`. f is a multiple of `FEWEST_FEATURES`."""
     return _forward(gate_up, interpret)
 
 
@@ -97,7 +97,7 @@ class _Features:
 
 
 def block_of(features: int) -> int:
-    return math.gcd(features, FEATURES)
+    return math.gcd(features, MOST_FEATURES)
 
 
 def _call(body, name: str, operands: list[jax.Array], out: jax.ShapeDtypeStruct, interpret: bool) -> jax.Array:
