@@ -207,7 +207,7 @@ def _with_int4_embedding(model: Zamba2ForCausalLM) -> Zamba2ForCausalLM:
     """The model with its embedding, and the head tied to it, rounded to int4 in groups along each row."""
     result = nnx.clone(model)
     table = result.model.embed_tokens.embedding
-    table.set_value(dequantize_int4(*quantize_int4(table[...].T)).T.astype(table.dtype))
+    table.set_value(dequantize_int4(*quantize_int4(table[...])).astype(table.dtype))
     return result
 
 

@@ -165,12 +165,14 @@ class TestModel:
             quantize(quantized[name], "int8")
 
     def test_axes(self, model, quantized, name):
-        """Integers carry the names of the matrix, scales those of its columns; each splits as its matrix does."""
+        """Integers carry the names of the matrix, scales those of its outputs; each splits as its matrix does."""
         axes = {path: v.get_metadata("out_sharding") for path, v in nnx.to_flat_state(nnx.state(quantized[name]))}
         mixer = ("model", "layers", 0, "mamba", "zx_proj")
-        assert axes[*mixer, "values"] == ("embed", None, "mamba_inner")
+        assert axes[*mixer, "values"] == (None, "mamba_inner", "embed")
         groups = () if name == "int8" else (None,)
-        assert axes[*mixer, "scale"] == (*groups, None, "mamba_inner")
+        assert axes[*mixer, "scale"] == (None, "mamba_inner", *groups)
+        projection = quantized[name].model.layers[0].mamba.zx_proj
+        assert (projection.shape, projection.axes) == ((64, 2, 128), ("embed", None, "mamba_inner"))
         assert axes["model", "embed_tokens", "values"] == ("vocab", "embed")
         assert axes["model", "embed_tokens", "scale"] == ("vocab",)
         even = quantize(Zamba2ForCausalLM(CONFIG.replace(vocab_size=128), rngs=nnx.Rngs(0)), name)
@@ -276,7 +278,7 @@ for name in ("int8", "int4"):
             assert leaf[...].sharding.is_equivalent_to(sharding, leaf[...].ndim), (path, leaf[...].sharding)
     values = spread.model.layers[0].mamba.zx_proj.values[...]
     rows = 64 if name == "int8" else 32
-    assert values.sharding.shard_shape(values.shape) == (rows // 2, 2, 64), values.sharding
+    assert values.sharding.shard_shape(values.shape) == (2, 64, rows // 2), values.sharding
 # Its embedding is int8, so that both kinds are there.
 options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
 one, other = spread.generate(ids, **options), alone.generate(ids, **options)
@@ -284,16 +286,16 @@ np.testing.assert_array_equal(one.sequences, other.sequences)
 np.testing.assert_allclose(np.stack(one.logits), np.stack(other.logits), atol=2e-5)
 
 # Inputs and integers split alike over the sum: each device multiplies what it has, and only sums travel.
-weight = np.random.default_rng(1).normal(size=(256, 64)).astype(np.float32)
+weight = np.random.default_rng(1).normal(size=(64, 256)).astype(np.float32)
 x = np.random.default_rng(2).normal(size=(1, 4, 256)).astype(np.float32)
 split = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
 for dot, (values, scale), scale_spec in (
-    (lambda *a: dot_int8(*a, axis=0, implementation="fused"), quantize_int8(weight, axis=0), (None,)),
+    (lambda *a: dot_int8(*a, implementation="fused"), quantize_int8(weight), (None,)),
     (lambda *a: dot_int4(*a, implementation="fused"), quantize_int4(weight), (None, None)),
 ):
     arrays = (
         jax.device_put(x, split(None, None, "tensor")),
-        jax.device_put(values, split("tensor", None)),
+        jax.device_put(values, split(None, "tensor")),
         jax.device_put(scale, split(*scale_spec)),
     )
     compiled = jax.jit(dot).lower(*arrays).compile()

@@ -31,8 +31,7 @@ class Linear(nnx.Module):
     """y = x W (+ bias), W of shape (in, *out).
 
     `out` may have two axes: (2, width) holds two matrices side by side, computed as one product, of which each still
-        splits evenly over
-    devices along `width`.
+    splits evenly over devices along `width`.
     """
 
     def __init__(
@@ -54,8 +53,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., *out), in the compute dtype."""
-        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.kernel.get_metadata("out_sharding"))
+        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.axes)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(in, *out)."""
+        return self.kernel.shape
+
+    @property
+    def axes(self) -> Axes:
+        """The logical names of W's dimensions."""
+        return self.kernel.get_metadata("out_sharding")
 
     def matrix(self) -> jax.Array:
         """W, (in, *out), for a computation that does more than multiply by it."""

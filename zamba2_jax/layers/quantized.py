@@ -2,16 +2,17 @@
 their place."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zamba2_jax.layers.linear import Embed, Linear, look_up
+from zamba2_jax.layers.linear import Axes, Embed, Linear, look_up
 from zamba2_jax.ops.quantized import (
     dequantize_int4,
     dequantize_int8,
     quantize_int4,
     quantize_int8,
-    scale_axes,
+    stored_axes,
     take_int8,
 )
 from zamba2_jax.ops.quantized_products import dot_int4, dot_int8
@@ -25,8 +26,8 @@ class QuantizedLinear(nnx.Module):
     """y = x W (+ bias), W of shape (in, *out) as integers: `zamba2_jax.layers.linear.Linear` whose W is a constant.
 
     Attributes:
-        values: int8 (in, *out), or uint8 (in / 2, *out) with two int4 to a byte.
-        scale: float32 (*out) for int8; bfloat16 (in / group, *out) for int4.
+        values: int8 (*out, in), or uint8 (*out, in / 2) with two int4 to a byte.
+        scale: float32 (*out) for int8; bfloat16 (*out, in / group) for int4.
         bias: (*out) parameter, or None.
     """
 
@@ -39,17 +40,27 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (..., in) -> (..., *out), in the compute dtype."""
         x, axes = x.astype(self.dtype), self.values.get_metadata("out_sharding")
-        if self.bits == 8:
-            y = dot_int8(x, self.values[...], self.scale[...], axis=0, axes=axes)
-        else:
-            y = dot_int4(x, self.values[...], self.scale[...], axes=axes)
+        dot = dot_int8 if self.bits == 8 else dot_int4
+        y = dot(x, self.values[...], self.scale[...], axes=axes)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(in, *out) of the matrix that the integers stand for."""
+        *out, stored = self.values.shape
+        return (stored * (8 // self.bits), *out)
+
+    @property
+    def axes(self) -> Axes:
+        """The logical names of that matrix's dimensions."""
+        *out, summed = self.values.get_metadata("out_sharding")
+        return (summed, *out)
 
     def matrix(self) -> jax.Array:
         """W as an array (in, *out) in the compute dtype, which takes the memory that quantisation saved."""
         values, scale = self.values[...], self.scale[...]
-        dense = dequantize_int8(values, scale, axis=0) if self.bits == 8 else dequantize_int4(values, scale)
-        return dense.astype(self.dtype)
+        dense = dequantize_int8(values, scale) if self.bits == 8 else dequantize_int4(values, scale)
+        return jnp.moveaxis(dense, -1, 0).astype(self.dtype)
 
 
 class QuantizedEmbed(nnx.Module):
@@ -71,28 +82,29 @@ class QuantizedEmbed(nnx.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., d) -> (..., v): scores against every embedding."""
         axes = self.values.get_metadata("out_sharding")
-        return dot_int8(x.astype(self.dtype), self.values[...], self.scale[...], axis=1, axes=axes)
+        return dot_int8(x.astype(self.dtype), self.values[...], self.scale[...], axes=axes)
 
     def matrix(self) -> jax.Array:
         """The embeddings as an array (v, d) in the compute dtype, which takes the memory that quantisation saved."""
-        return dequantize_int8(self.values[...], self.scale[...], axis=1).astype(self.dtype)
+        return dequantize_int8(self.values[...], self.scale[...]).astype(self.dtype)
 
 
 def quantize_weight(weight: jax.Array, bits: int, *, axis: int) -> tuple[jax.Array, jax.Array]:
     """Values and scale of a weight that products sum over `axis` of, split over devices as the weight is."""
-    values, scale = quantize_int8(weight, axis=axis) if bits == 8 else quantize_int4(weight)
+    arrays = (quantize_int8 if bits == 8 else quantize_int4)(weight, axis=axis)
     sharding = None if isinstance(weight, jax.core.Tracer) else weight.sharding
     if isinstance(sharding, NamedSharding):
         spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
-        values = jax.device_put(values, sharding)
-        scale = jax.device_put(scale, NamedSharding(sharding.mesh, PartitionSpec(*scale_axes(spec, bits, axis))))
-    return values, scale
+        specs = stored_axes(spec, bits, axis)
+        places = [NamedSharding(sharding.mesh, PartitionSpec(*spec)) for spec in specs]
+        arrays = tuple(jax.device_put(array, place) for array, place in zip(arrays, places, strict=True))
+    return arrays
 
 
 def _variables(weight: nnx.Param, bits: int, *, axis: int) -> tuple[QuantizedWeight, QuantizedWeight]:
-    axes = weight.get_metadata("out_sharding")
+    names = stored_axes(weight.get_metadata("out_sharding"), bits, axis)
     arrays = quantize_weight(weight[...], bits, axis=axis)
     return tuple(
-        QuantizedWeight(array, out_sharding=names, eager_sharding=False)
-        for array, names in zip(arrays, (axes, scale_axes(axes, bits, axis)), strict=True)
+        QuantizedWeight(array, out_sharding=axes, eager_sharding=False)
+        for array, axes in zip(arrays, names, strict=True)
     )

@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from zamba2_jax.layers.lora import Lora
-from zamba2_jax.layers.quantized import QuantizedLinear
 from zamba2_jax.lora.config import LoraConfig
 from zamba2_jax.lora.coverage import Coverage, lora_coverage
 from zamba2_jax.lora.sites import Site, at, check_model, chosen
@@ -88,7 +87,7 @@ def check_dtype(param_dtype: DTypeLike) -> jnp.dtype:
 
 def shapes(model: nnx.Module, site: Site, rank: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """The shapes of A, (in, r), and of B, (r, *out) for each projection."""
-    kernels = [_kernel_shape(at(model, path)) for path in site.projections]
+    kernels = [at(model, path).shape for path in site.projections]
     return (kernels[0][0], rank), [(rank, *kernel[1:]) for kernel in kernels]
 
 
@@ -101,9 +100,9 @@ def attach(
 ) -> None:
     """Puts a LoRA of these arrays in its place, on the devices of the projection's weight."""
     projections = [at(model, path) for path in site.projections]
-    axes = [_weight(projection).get_metadata("out_sharding") for projection in projections]
+    axes = [projection.axes for projection in projections]
     down_axes, up_axes = (axes[0][0], "adapter_rank"), [("adapter_rank", *names[1:]) for names in axes]
-    like = _weight(projections[0]).get_value()
+    like = jax.tree.leaves(nnx.state(projections[0]))[0]
     lora = Lora(
         _placed(down, down_axes, like),
         [_placed(array, names, like) for array, names in zip(up, up_axes, strict=True)],
@@ -118,16 +117,6 @@ def attach(
     if holder.lora is None:
         holder.lora = nnx.data(nnx.Dict())  # None was no data to NNX
     holder.lora[site.name] = lora
-
-
-def _weight(projection: nnx.Module) -> nnx.Variable:
-    return projection.values if isinstance(projection, QuantizedLinear) else projection.kernel
-
-
-def _kernel_shape(projection: nnx.Module) -> tuple[int, ...]:
-    shape = tuple(_weight(projection).shape)
-    packed = isinstance(projection, QuantizedLinear) and projection.bits == 4  # two inputs to a byte
-    return (2 * shape[0], *shape[1:]) if packed else shape
 
 
 def _draw(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, kind: bool | str, dtype: jnp.dtype) -> jax.Array:

@@ -1,11 +1,14 @@
 """Weight-only quantisation: integers for matrices. `zamba2_jax.ops.quantized_products` multiplies by them.
 
-`int8`: w ≈ values * scale, a scale per row or column, values in -127..127. A product takes the scale out of its sum, so
-that the matrix unit sees plain integers, which bfloat16 holds exactly.
+A matrix is stored (*out, in): what a product sums over lies side by side, as a GPU's matrix units take it. Sixteen-bit
+numbers they can turn as they load them, bytes not.
 
-`int4`: w ≈ (nibble - 8) * scale, a scale per column and group of input channels (`GROUP`). Two successive input
-channels share a byte, 2i in the low nibble. Bytes, not `jnp.int4`: that is stored in a whole byte on CPUs and half
-of one elsewhere, and no Pallas kernel reads it on every platform. A group's scale minimises its squared error
+`int8`: w ≈ values * scale, a scale per output, values in -127..127. A product takes the scale out of its sum, so that
+the matrix unit sees plain integers, which bfloat16 holds exactly.
+
+`int4`: w ≈ (nibble - 8) * scale, a scale per output and group of inputs (`GROUP`). A group's first half is in the low
+nibbles of its bytes, its second in the high ones. Bytes, not `jnp.int4`: that is stored in a whole byte on CPUs and
+half of one elsewhere, and no Pallas kernel reads it on every platform. A group's scale minimises its squared error
 over a few candidates; that takes a sixth off the error of max / 7 for normal weights.
 
 Integers and scales are constants: a gradient passes through them, and one with respect to a scale is refused.
@@ -13,6 +16,7 @@ Integers and scales are constants: a gradient passes through them, and one with 
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
@@ -38,55 +42,59 @@ def group_size(in_features: int) -> int | None:
     return size if size >= SMALLEST_GROUP else None
 
 
-def scale_axes(axes: tuple[Axis, ...], bits: int, axis: int) -> tuple[Axis | None, ...]:
-    """The names of a scale's dimensions, or how they are split, by those of its matrix, which sums over `axis`."""
+def stored_axes(axes: tuple[Axis, ...], bits: int, axis: int) -> tuple[tuple[Axis, ...], tuple[Axis | None, ...]]:
+    """The names of the dimensions of integers and of their scale, or how they are split, by those of the matrix, which
+    sums over `axis`."""
+    out = axes[:axis] + axes[axis + 1 :]
     # int4: a device's share of the inputs need not hold whole groups; each device has the scales of all of them.
-    return (None, *axes[1:]) if bits == 4 else axes[:axis] + axes[axis + 1 :]
+    return (*out, axes[axis]), out if bits == 8 else (*out, None)
 
 
 @functools.partial(jax.jit, static_argnames=("axis",))
-def quantize_int8(weight: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+def quantize_int8(weight: jax.Array, *, axis: int = -1) -> tuple[jax.Array, jax.Array]:
     """Rounds to 255 levels, symmetric about zero.
 
     Args:
       weight: floating, any shape.
-      axis: the axis that a product sums over; entries along it share a scale.
+      axis: the axis that a product sums over, which becomes the last; entries along it share a scale.
 
     Returns:
-      values int8 of weight's shape; scale float32 of that shape without `axis`. Where entries are NaN or infinite
-      their scale is too.
+      values int8 (*out, in); scale float32 (*out). Where entries are NaN or infinite their scale is too.
     """
     check_floating("weight", weight)
-    wide = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True)
+    wide = jnp.moveaxis(weight, axis, -1).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1)
     scale = jnp.where(largest == 0, 1.0, largest / 127)
-    return jnp.rint(wide / scale).astype(jnp.int8), scale.squeeze(axis)
+    return jnp.rint(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-@jax.jit
-def quantize_int4(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds to 16 levels, with a scale per group of inputs and column.
+@functools.partial(jax.jit, static_argnames=("axis",))
+def quantize_int4(weight: jax.Array, *, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """Rounds to 16 levels, with a scale per output and group of inputs.
 
     Args:
-      weight: (in, *out), floating.
+      weight: floating, any shape.
+      axis: the axis that a product sums over, which becomes the last.
 
     Returns:
-      values uint8 (in / 2, *out), two inputs to a byte; scale bfloat16 (in / group, *out). Where entries are NaN or
+      values uint8 (*out, in / 2), two inputs to a byte; scale bfloat16 (*out, in / group). Where entries are NaN or
       infinite their scale is too.
 
     Raises:
       ValueError: `in` is not a multiple of `SMALLEST_GROUP`.
     """
     check_floating("weight", weight)
-    size = group_size(weight.shape[0])
+    size = group_size(weight.shape[axis])
     if size is None:
         raise ValueError(
-            f"weight has shape {weight.shape}; int4 needs a first axis that is a multiple of {SMALLEST_GROUP}, int8 "
+            f"weight has shape {weight.shape}; int4 needs an axis {axis} that is a multiple of {SMALLEST_GROUP}, int8 "
             "takes any"
         )
+    weight = jnp.moveaxis(weight, axis, 0)
     # A group at a time: the float32 numbers of a whole matrix would take four times its bfloat16 ones.
     values, scale = jax.lax.map(_quantize_group, weight.reshape(-1, size, *weight.shape[1:]))
-    return values.reshape(-1, *weight.shape[1:]), scale
+    values = jnp.moveaxis(values.reshape(-1, *weight.shape[1:]), 0, -1)
+    return values, jnp.moveaxis(scale, 0, -1)
 
 
 def _quantize_group(group: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,23 +113,22 @@ def _quantize_group(group: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     start = (jnp.ones_like(largest), jnp.full_like(largest, jnp.inf))
     (scale, _), _ = jax.lax.scan(try_candidate, start, jnp.asarray(_CANDIDATES))
-    nibbles = (_levels(group, scale) + 8).astype(jnp.uint8).reshape(-1, 2, *group.shape[1:])
-    return nibbles[:, 0] | nibbles[:, 1] << 4, scale.astype(jnp.bfloat16)
+    low, high = jnp.split((_levels(group, scale) + 8).astype(jnp.uint8), 2)
+    return low | high << 4, scale.astype(jnp.bfloat16)
 
 
 def _levels(weight: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(jnp.rint(weight / scale), -8, 7)
 
 
-def dequantize_int8(values: jax.Array, scale: jax.Array, *, axis: int) -> jax.Array:
-    """The float32 weight that `quantize_int8`'s result stands for."""
-    return values.astype(jnp.float32) * jnp.expand_dims(constant(scale), axis)
+def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """The float32 weight (*out, in) that `quantize_int8`'s result stands for."""
+    return values.astype(jnp.float32) * constant(scale)[..., None]
 
 
 def dequantize_int4(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """The float32 weight (in, *out) that `quantize_int4`'s result stands for."""
-    halves = widen_int4(values, constant(scale), jnp.float32)
-    return jnp.stack(halves, axis=1).reshape(-1, *values.shape[1:])
+    """The float32 weight (*out, in) that `quantize_int4`'s result stands for."""
+    return join_halves(widen_int4(values, constant(scale), jnp.float32), scale.shape[-1])
 
 
 def take_int8(values: jax.Array, scale: jax.Array, rows: jax.Array) -> jax.Array:
@@ -130,16 +137,29 @@ def take_int8(values: jax.Array, scale: jax.Array, rows: jax.Array) -> jax.Array
 
 
 def widen_int4(values: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """The even and the odd inputs' rows of an int4 matrix, (in / 2, *out) each, elementwise in the bytes.
+    """The first and the second halves of an int4 matrix's groups, (*out, in / 2) each, elementwise in the bytes.
 
     All in `dtype`, not in float32: XLA's TPU compiler then keeps the whole of it inside a product.
     """
+    grouped = values.reshape(*scale.shape, -1)
 
     def widen(nibbles: jax.Array) -> jax.Array:
-        grouped = (nibbles.astype(jnp.int8) - 8).astype(dtype).reshape(scale.shape[0], -1, *scale.shape[1:])
-        return (grouped * scale[:, None].astype(dtype)).reshape(values.shape)
+        return ((nibbles.astype(jnp.int8) - 8).astype(dtype) * scale[..., None].astype(dtype)).reshape(values.shape)
 
-    return widen(values & 15), widen(values >> 4)
+    return widen(grouped & 15), widen(grouped >> 4)
+
+
+def split_halves(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """The first and the second halves of an input's groups: (..., in) -> (..., in / 2) each."""
+    halves = x.reshape(*x.shape[:-1], groups, 2, -1)
+    return tuple(halves[..., part, :].reshape(*x.shape[:-1], -1) for part in range(2))
+
+
+def join_halves(halves: Sequence[jax.Array], groups: int) -> jax.Array:
+    """The inverse of `split_halves`."""
+    leading = halves[0].shape[:-1]
+    parts = [half.reshape(*leading, groups, -1) for half in halves]
+    return jnp.stack(parts, axis=-2).reshape(*leading, -1)
 
 
 @jax.custom_jvp

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops._checks import check_choice, check_floating, check_shape
 from zamba2_jax.ops._platform import platform
-from zamba2_jax.ops.quantized import constant, group_size, scale_axes, widen_int4
+from zamba2_jax.ops.quantized import constant, group_size, join_halves, split_halves, widen_int4
 from zamba2_jax.sharding import constrain_gathered
 
 Implementation = Literal["fused", "blocked"]
@@ -30,19 +30,17 @@ BLOCK = 1 << 20
 class _How:
     """The arguments of a product that are no arrays: those of `dot_int8`."""
 
-    axis: int
     implementation: Implementation
     block: int
     axes: Axes | None
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "axes", "implementation", "block"))
+@functools.partial(jax.jit, static_argnames=("axes", "implementation", "block"))
 def dot_int8(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
     *,
-    axis: int,
     axes: Axes | None = None,
     implementation: Implementation | None = None,
     block: int = BLOCK,
@@ -51,7 +49,7 @@ def dot_int8(
 
     Args:
       x: (..., in), floating; the product is taken in this dtype and summed in float32.
-      values: int8, (in, *out) for axis 0, (out, in) for axis 1.
+      values: int8 (*out, in).
       scale: float32 (*out).
       axes: logical names of values' dimensions. What devices store in parts is then gathered for the product, and once
         more for its gradient; None leaves it to the partitioner.
@@ -68,15 +66,12 @@ def dot_int8(
         not a constant.
     """
     check_floating("x", x)
-    if values.dtype != jnp.int8 or not (axis == 0 or (axis == 1 and values.ndim == 2)):
-        raise ValueError(
-            f"values is {values.dtype}{values.shape}, axis {axis}; it must be int8, (in, *out) for axis 0 or (out, in) "
-            "for axis 1"
-        )
-    out = values.shape[:axis] + values.shape[axis + 1 :]
-    check_shape("x", x, (*x.shape[:-1], values.shape[axis]), "(..., in)")
-    check_shape("scale", scale, out, "(*out)")
-    return _product(x, values, constant(scale), _How(axis, _choose(implementation), block, axes))
+    if values.dtype != jnp.int8:
+        raise ValueError(f"values has dtype {values.dtype}; it must be int8")
+    *out, in_features = values.shape
+    check_shape("x", x, (*x.shape[:-1], in_features), "(..., in)")
+    check_shape("scale", scale, tuple(out), "(*out)")
+    return _product(x, values, constant(scale), _How(_choose(implementation), block, axes))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "implementation", "block"))
@@ -89,15 +84,16 @@ def dot_int4(
     implementation: Implementation | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
-    """x times an int4 matrix: values uint8 (in / 2, *out), scale (in / group, *out). The rest as in `dot_int8`."""
+    """x times an int4 matrix: values uint8 (*out, in / 2), scale (*out, in / group). The rest as in `dot_int8`."""
     check_floating("x", x)
     if values.dtype != jnp.uint8:
         raise ValueError(f"values has dtype {values.dtype}; it must be uint8, two int4 to a byte")
-    in_features, out = 2 * values.shape[0], values.shape[1:]
+    *out, stored = values.shape
+    in_features = 2 * stored
     check_shape("x", x, (*x.shape[:-1], in_features), "(..., in)")
     groups = in_features // (group_size(in_features) or in_features)
-    check_shape("scale", scale, (groups, *out), "(in / group, *out)")
-    return _product(x, values, constant(scale), _How(0, _choose(implementation), block, axes))
+    check_shape("scale", scale, (*out, groups), "(*out, in / group)")
+    return _product(x, values, constant(scale), _How(_choose(implementation), block, axes))
 
 
 def _choose(implementation: Implementation | None) -> Implementation:
@@ -115,7 +111,7 @@ def _product(x: jax.Array, values: jax.Array, scale: jax.Array, how: _How) -> ja
 def _forward(x, values, scale, how):
     residuals = values, scale
     x, values, scale = _at_hand(x, values, scale, how)
-    y = _multiply(x, values, scale, how, x.dtype, over_rows=how.axis == 0)
+    y = _multiply(_sum_over_inputs, x, values, scale, how, x.dtype)
     if values.dtype == jnp.int8:
         y = y * scale
     return y.astype(x.dtype), residuals
@@ -126,7 +122,7 @@ def _backward(how, residuals, slope):
     dtype = slope.dtype
     if values.dtype == jnp.int8:
         slope = slope.astype(jnp.float32) * scale
-    return _multiply(slope, values, scale, how, dtype, over_rows=how.axis != 0).astype(dtype), None, None
+    return _multiply(_sum_over_outputs, slope, values, scale, how, dtype).astype(dtype), None, None
 
 
 _product.defvjp(_forward, _backward)
@@ -141,45 +137,49 @@ def _at_hand(x, values, scale, how):
     x, values, scale = jax.lax.optimization_barrier((x, values, scale))
     if how.axes is not None:
         values = constrain_gathered(values, *how.axes)
-        bits = 8 if values.dtype == jnp.int8 else 4
-        scale = constrain_gathered(scale, *scale_axes(how.axes, bits, how.axis))
+        groups = (None,) * (scale.ndim - values.ndim + 1)
+        scale = constrain_gathered(scale, *how.axes[:-1], *groups)
     return x, values, scale
 
 
 def _multiply(
-    x: jax.Array, values: jax.Array, scale: jax.Array, how: _How, dtype: jnp.dtype, *, over_rows: bool
+    contract: Callable[..., jax.Array],
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    how: _How,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    """x times the matrix (rows, *columns), without int8's scale, in float32.
-
-    Args:
-      x: (..., rows) or, not `over_rows`, (..., *columns).
-      dtype: of the operands of a fused product.
-      over_rows: the sum is over rows, and the result (..., *columns); else over columns, and it is (..., rows).
-    """
-    contract = _sum_over_rows if over_rows else _sum_over_columns
+    """`contract` of x with the matrix, without int8's scale, in float32; `dtype` is of a fused product's operands."""
     if how.implementation == "fused":
-        return contract(x.astype(dtype), _widen(values, scale, dtype))
-    return _by_blocks(contract, x.astype(jnp.float32), values, scale, how.block, over_rows)
+        return contract(x.astype(dtype), values, scale, dtype)
+    return _by_blocks(contract, x.astype(jnp.float32), values, scale, how.block)
 
 
-def _widen(values: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """The matrix, or those of even and of odd rows: interleaving int4's nibbles into one would be a copy of it."""
-    return (values.astype(dtype),) if values.dtype == jnp.int8 else widen_int4(values, scale, dtype)
+def _sum_over_inputs(x: jax.Array, values: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """(..., in) -> (..., *out)."""
+    axis = (values.ndim - 1,)
+
+    def dot(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return _dot(x, (x.ndim - 1,), matrix, axis)
+
+    if values.dtype == jnp.int8:
+        return dot(x, values.astype(dtype))
+    # Halves apart: to put an int4 matrix together would be to copy it.
+    return sum(map(dot, split_halves(x, scale.shape[-1]), widen_int4(values, scale, dtype)))
 
 
-def _sum_over_rows(x: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
-    """(..., rows) -> (..., *columns)."""
-    count = len(matrices)
-    products = [_dot(x[..., i::count], (x.ndim - 1,), matrix, (0,)) for i, matrix in enumerate(matrices)]
-    return functools.reduce(jnp.add, products)
+def _sum_over_outputs(x: jax.Array, values: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """(..., *out) -> (..., in)."""
+    outputs = tuple(range(values.ndim - 1))
+    leading = x.ndim - len(outputs)
 
+    def dot(matrix: jax.Array) -> jax.Array:
+        return _dot(x, tuple(range(leading, x.ndim)), matrix, outputs)
 
-def _sum_over_columns(x: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
-    """(..., *columns) -> (..., rows)."""
-    columns = tuple(range(1, matrices[0].ndim))
-    leading = x.ndim - len(columns)
-    parts = [_dot(x, tuple(range(leading, x.ndim)), matrix, columns) for matrix in matrices]
-    return parts[0] if len(parts) == 1 else jnp.stack(parts, axis=-1).reshape(*x.shape[:leading], -1)
+    if values.dtype == jnp.int8:
+        return dot(values.astype(dtype))
+    return join_halves([dot(half) for half in widen_int4(values, scale, dtype)], scale.shape[-1])
 
 
 def _dot(x: jax.Array, x_axes: tuple[int, ...], matrix: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -187,32 +187,30 @@ def _dot(x: jax.Array, x_axes: tuple[int, ...], matrix: jax.Array, axes: tuple[i
 
 
 def _by_blocks(
-    contract: Callable[..., jax.Array],
-    x: jax.Array,
-    values: jax.Array,
-    scale: jax.Array,
-    block: int,
-    over_rows: bool,
+    contract: Callable[..., jax.Array], x: jax.Array, values: jax.Array, scale: jax.Array, block: int
 ) -> jax.Array:
-    """`contract` with the widened matrix, some of its rows at a time: whole groups of int4's."""
-    int8 = values.dtype == jnp.int8
-    units, per_byte = (values.shape[0], 1) if int8 else (scale.shape[0], 2)
-    stored = values.shape[0] // units  # of a unit's rows, two to a byte in int4
-    rows = stored * per_byte
-    size = min(max(block // (rows * math.prod(values.shape[1:])), 1), units)
+    """`contract` with the widened matrix, some of its outputs at a time."""
+    out = values.shape[:-1]
+    over_inputs = contract is _sum_over_inputs
+    count, stored = math.prod(out), values.shape[-1]
+    values, scale = values.reshape(count, stored), scale.reshape(count, *scale.shape[len(out) :])
+    inputs = stored * (1 if values.dtype == jnp.int8 else 2)
+    size = min(max(block // inputs, 1), count)
+    leading = x.shape[:-1] if over_inputs else x.shape[: x.ndim - len(out)]
+    if not over_inputs:
+        x = x.reshape(*leading, count)
 
     def step(start: jax.Array | int, size: int, result: jax.Array) -> jax.Array:
-        part = _slice(values, start * stored, size * stored)
-        matrices = _widen(part, scale if int8 else _slice(scale, start, size), jnp.float32)
-        if over_rows:
-            return result + contract(_slice(x, start * rows, size * rows, axis=x.ndim - 1), matrices)
-        return jax.lax.dynamic_update_slice_in_dim(result, contract(x, matrices), start * rows, axis=result.ndim - 1)
+        part = _slice(values, start, size), _slice(scale, start, size), jnp.float32
+        if over_inputs:
+            return jax.lax.dynamic_update_slice_in_dim(result, contract(x, *part), start, axis=result.ndim - 1)
+        return result + contract(_slice(x, start, size, axis=x.ndim - 1), *part)
 
-    leading = x.shape[: x.ndim - (1 if over_rows else values.ndim - 1)]
-    result = jnp.zeros((*leading, *(values.shape[1:] if over_rows else (units * rows,))), jnp.float32)
-    whole, rest = divmod(units, size)
+    result = jnp.zeros((*leading, count if over_inputs else inputs), jnp.float32)
+    whole, rest = divmod(count, size)
     result = jax.lax.fori_loop(0, whole, lambda index, result: step(index * size, size, result), result)
-    return step(whole * size, rest, result) if rest else result
+    result = step(whole * size, rest, result) if rest else result
+    return result.reshape(*leading, *out) if over_inputs else result
 
 
 def _slice(array: jax.Array, start: jax.Array | int, size: int, axis: int = 0) -> jax.Array:
