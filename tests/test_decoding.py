@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM, quantize
 from zamba2_jax.layers import decoding
 from zamba2_jax.layers.shared_block import AttentionContext
 from zamba2_jax.ops.decode import products_gpu
@@ -38,12 +38,13 @@ CLOSE = {"rtol": 2e-2, "atol": 2e-2}
 
 
 @functools.cache
-def made(kind, dtype):
-    return Zamba2ForCausalLM(Zamba2Config(**SIZES, **KINDS[kind]), dtype=dtype, rngs=nnx.Rngs(0))
+def made(kind, dtype, integers):
+    model = Zamba2ForCausalLM(Zamba2Config(**SIZES, **KINDS[kind]), dtype=dtype, rngs=nnx.Rngs(0))
+    return model if integers is None else quantize(model, integers)
 
 
-def make(kind, dtype=jnp.bfloat16):
-    return made(kind, dtype), np.random.default_rng(0)
+def make(kind, dtype=jnp.bfloat16, integers=None):
+    return made(kind, dtype, integers), np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +71,16 @@ def assert_close(got, expected):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "masked"),
+    ("kind", "rows", "masked", "integers"),
     [
-        pytest.param("1.2B", 1, False, marks=pytest.mark.slow),
-        ("7B", 3, True),
+        pytest.param("1.2B", 1, False, None, marks=pytest.mark.slow),
+        ("7B", 3, True, None),
+        ("7B", 3, True, "int8"),
     ],
 )
-def test_mamba_layer(kind, rows, masked, monkeypatch):
+def test_mamba_layer(kind, rows, masked, integers, monkeypatch):
     switch_off(monkeypatch, "mamba_obstacle")
-    model, rng = make(kind)
+    model, rng = make(kind, integers=integers)
     layer = model.model.layers[0]
     hidden, other = (jnp.asarray(rng.normal(size=(rows, 1, 64)), jnp.bfloat16) for _ in range(2))
     state = states_like(model.init_cache(rows, 8).mamba[0], rng)
@@ -153,10 +155,13 @@ def test_recurrence_of_many_rows(dtype, masked, monkeypatch):
             np.testing.assert_array_equal(one[1], other[1])
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("1.2B", 1), pytest.param("7B", 3, marks=pytest.mark.slow)])
-def test_shared_block(kind, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "rows", "integers"),
+    [("1.2B", 1, None), pytest.param("7B", 3, None, marks=pytest.mark.slow), ("1.2B", 3, "int8")],
+)
+def test_shared_block(kind, rows, integers, monkeypatch):
     switch_off(monkeypatch, "shared_block_obstacle")
-    model, rng = make(kind)
+    model, rng = make(kind, integers=integers)
     block, use = model.model.shared_blocks[0], model.model.shared_block_uses[0]
     head_dim = model.config.attention_head_dim
     hidden, embedded = (jnp.asarray(rng.normal(size=(rows, 1, 64)), jnp.bfloat16) for _ in range(2))
@@ -185,16 +190,18 @@ def test_shared_block(kind, rows, monkeypatch):
     assert_close((got / scale, ours), (expected / scale, left))
 
 
-def test_head():
-    model, rng = make("1.2B")
-    hidden = jnp.asarray(rng.normal(size=(1, 1, 64)), jnp.bfloat16)
+@pytest.mark.parametrize(("rows", "integers"), [(1, None), (1, "int8"), (3, "int8")])
+def test_head(rows, integers):
+    model, rng = make("1.2B", integers=integers)
+    hidden = jnp.asarray(rng.normal(size=(rows, 1, 64)), jnp.bfloat16)
     embedding = model.model.embed_tokens
     assert_close(decoding.head_scores(embedding, hidden, interpret=INTERPRET), embedding.attend(hidden))
 
 
 class TestObstacles:
-    def test_none_in_the_interpreter(self):
-        model, _ = make("1.2B")
+    @pytest.mark.parametrize("integers", [None, "int8"])
+    def test_none_in_the_interpreter(self, integers):
+        model, _ = make("1.2B", integers=integers)
         base = model.model
         assert decoding.mamba_obstacle(base.layers[0], 1, interpret=INTERPRET) is None
         assert decoding.shared_block_obstacle(base.shared_blocks[0], base.shared_block_uses[0], 1, INTERPRET) is None
@@ -210,6 +217,9 @@ class TestObstacles:
         assert decoding.recurrence_obstacle(layer.mamba, interpret=INTERPRET) is None
         single, _ = make("1.2B", dtype=jnp.float32)
         assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=INTERPRET)
+        assert "2 rows" in decoding.head_obstacle(model.model.embed_tokens, 2, interpret=INTERPRET)
+        four, _ = make("1.2B", integers="int4")
+        assert "int4" in decoding.mamba_obstacle(four.model.layers[0], 1, interpret=INTERPRET)
         half, _ = make("1.2B", dtype=jnp.float16)
         assert "float16" in decoding.mamba_obstacle(half.model.layers[0], 1, interpret=INTERPRET)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax import Zamba2Config, Zamba2ForCausalLM, quantize
 from zamba2_jax.layers import decoding, whole_layer
 from zamba2_jax.ops.decode import hopper, layer_gpu
 
@@ -196,6 +196,8 @@ def test_obstacles(monkeypatch):
     assert "capability 10.0" in whole_layer.obstacle(layer, layout(), state)
     monkeypatch.setattr(whole_layer, "compute_capability", lambda: 9.0)
     assert "4 heads of 32" in whole_layer.obstacle(layer, layout(), state)
+    integers = quantize(model, "int8").model.layers[0]
+    assert "weights are integers" in whole_layer.obstacle(integers, layout(), state)
     half = dataclasses.replace(state, ssm=state.ssm.astype(jnp.bfloat16))
     assert "bfloat16, bfloat16, bfloat16" in whole_layer.obstacle(layer, layout(), half)
 

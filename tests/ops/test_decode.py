@@ -12,6 +12,7 @@ from zamba2_jax.ops.conv import causal_conv_step
 from zamba2_jax.ops.decode import attention_gpu, products_gpu, rows_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention, cached_attention_of_several, in_blocks
 from zamba2_jax.ops.decode.strips_gpu import Tiling
+from zamba2_jax.ops.quantized import Integers, dequantize_int8, quantize_int8
 from zamba2_jax.ops.ssd import ssd_step, time_step
 
 INTERPRET = jax.default_backend() != "gpu"
@@ -31,6 +32,14 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 def draw(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
+
+
+def integers(seed: int, depth: int, columns: int) -> Integers:
+    return Integers(*quantize_int8(draw(seed, depth, columns), axis=0))
+
+
+def dense(weight: jax.Array | Integers) -> jax.Array:
+    return weight if isinstance(weight, jax.Array) else dequantize_int8(weight.values, weight.scale).T
 
 
 def normalised(x, eps, groups=1):
@@ -65,6 +74,21 @@ class TestProducts:
         splits = products_gpu.depth_splits(depth, 2048, Tiling(), groups)
         assert depth % splits == 0
         assert splits % groups == 0
+
+    @pytest.mark.parametrize(("rows", "depth"), [(1, 128), (3, 90), (16, 96)])
+    def test_integers(self, rows, depth):
+        """int8 weights beside plain ones."""
+        x = draw(0, rows, depth)
+        weights = [integers(2, depth, 40), draw(3, depth, 24), integers(4, depth, 1030)]
+        results = products_gpu.skinny_matmul(x, weights, tiling=SMALL, interpret=INTERPRET)
+        for result, weight in zip(results, weights, strict=True):
+            np.testing.assert_allclose(result, x @ dense(weight), **CLOSE)
+
+    def test_integers_in_pieces(self):
+        x, weight = draw(0, 3, 128), integers(1, 128, 48)
+        pieces = products_gpu.split_matmul(x, weight, splits=4, tiling=SMALL, interpret=INTERPRET)
+        expected = jnp.einsum("bsk,skn->sbn", x.reshape(3, 4, -1), dense(weight).reshape(4, -1, 48))
+        np.testing.assert_allclose(pieces, expected, **CLOSE)
 
     @pytest.mark.parametrize("activation", products_gpu.ACTIVATIONS)
     def test_gated_activation(self, activation):

@@ -2,30 +2,36 @@
 
 With few rows a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
 than the pass: here a mamba layer is four launches (five after a shared block) and a use of a shared block twelve, and
-one to join attention's parts. More rows, and weights that are not plain arrays of the compute dtype, leave the products
+one to join attention's parts. Weights are arrays of the compute dtype, or int8. Others and more rows leave the products
 to XLA; what lies between a mixer's projections and its norm is two launches then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layers.linear import DepthwiseConv, Embed, Linear
+from zamba2_jax.layers.quantized import QuantizedEmbed, QuantizedLinear
 from zamba2_jax.ops.decode import attention_gpu, products_gpu, rows_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention
 from zamba2_jax.ops.decode.obstacles import no_single_gpu
-from zamba2_jax.ops.decode.strips_gpu import Tiling
+from zamba2_jax.ops.decode.strips_gpu import Tiling, Weight
+from zamba2_jax.ops.quantized import Integers
 from zamba2_jax.tokens import TokenLayout
 
 if TYPE_CHECKING:
     from zamba2_jax.layers.mamba2 import Mamba2Mixer, MambaLayer
     from zamba2_jax.layers.norms import RMSNorm
     from zamba2_jax.layers.shared_block import AttentionContext, SharedAttention, SharedBlockUse, SharedTransformerBlock
+
+Matrix = Linear | QuantizedLinear
 
 # Measured on an H100, for 1 and 8 rows of the 1.2B shape.
 TILING = Tiling()
@@ -70,7 +76,7 @@ def mamba_layer_step(
     """
     mixer = layer.mamba
     config = mixer.config
-    rows, width = hidden.shape[0], hidden.shape[2]
+    rows = hidden.shape[0]
     both = 2 * config.mamba_ngroups * config.mamba_d_state
     residual = hidden[:, 0]
     if normed is None:
@@ -79,9 +85,9 @@ def mamba_layer_step(
         normed = rows_gpu.rms_norm([[residual, *added]], norm.scale[...], eps=norm.eps, interpret=interpret)
     z, x, bc, dt, window_x, window_bc = products_gpu.mamba_projections(
         normed,
-        mixer.zx_proj.kernel[...].reshape(width, -1),
-        mixer.bc_proj.kernel[...].reshape(width, -1),
-        mixer.dt_proj.kernel[...],
+        _operand(mixer.zx_proj),
+        _operand(mixer.bc_proj),
+        _operand(mixer.dt_proj),
         _convolution(mixer.conv_x, config.mamba_intermediate_size),
         _convolution(mixer.conv_bc, both),
         state.conv_x,
@@ -223,14 +229,14 @@ def shared_block_step(
     mlp = block.feed_forward
     gate_up, low = products_gpu.skinny_matmul(
         x,
-        [mlp.gate_up_proj.kernel[...].reshape(x.shape[1], -1), use.gate_up_adapter.down.kernel[...]],
+        [_operand(mlp.gate_up_proj), _operand(use.gate_up_adapter.down)],
         tiling=WIDE,
         interpret=interpret,
     )
     x = products_gpu.gated_activation(
         gate_up,
         low,
-        use.gate_up_adapter.up.kernel[...].reshape(low.shape[1], -1),
+        _operand(use.gate_up_adapter.up),
         activation=mlp.activation,
         tiling=SHALLOW,
         interpret=interpret,
@@ -250,12 +256,12 @@ def shared_attention_step(
 ) -> tuple[Float[Array, "b a"], KeyValue]:
     """A shared block's attention for one token, from its norm on, without the output projection."""
     rows = normed.shape[0]
-    weights = [projection.kernel[...] for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    weights = [_operand(projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
     up = None
     if use.q_adapter is not None:
         adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
-        weights += [adapter.down.kernel[...] for adapter in adapters]
-        up = tuple(adapter.up.kernel[...] for adapter in adapters)
+        weights += [_operand(adapter.down) for adapter in adapters]
+        up = tuple(_operand(adapter.up) for adapter in adapters)
     projected = products_gpu.skinny_matmul(normed, weights, tiling=WIDE, interpret=interpret)
     query, key, value = attention_gpu.rotate_and_store(
         projected[:3],
@@ -280,23 +286,30 @@ def shared_attention_step(
     return mixed.reshape(rows, -1), KeyValue(key, value)
 
 
-def head_obstacle(embedding: Embed, rows: int, interpret: bool = False) -> str | None:
+def head_obstacle(embedding: Embed | QuantizedEmbed, rows: int, interpret: bool = False) -> str | None:
     """Why `head_scores` cannot serve, or None where it can."""
-    if type(embedding) is not Embed:
-        return f"the embedding is a {type(embedding).__name__}"
-    if rows > products_gpu.MAX_HEAD_ROWS:
-        return f"there are {rows} rows; its kernel multiplies by hand and takes {products_gpu.MAX_HEAD_ROWS}"
-    return _arrays_obstacle([embedding.embedding[...]], embedding.dtype, interpret)
+    integers = isinstance(embedding, QuantizedEmbed)
+    most = products_gpu.MAX_ROWS if integers else products_gpu.MAX_HEAD_ROWS
+    if rows > most:
+        return f"there are {rows} rows; its kernel takes {most}"
+    return _arrays_obstacle([embedding.values if integers else embedding.embedding], embedding.dtype, interpret)
 
 
-def head_scores(embedding: Embed, hidden: Float[Array, "b 1 d"], interpret: bool = False) -> Float[Array, "b 1 v"]:
+def head_scores(
+    embedding: Embed | QuantizedEmbed, hidden: Float[Array, "b 1 d"], interpret: bool = False
+) -> Float[Array, "b 1 v"]:
     """`embedding.attend` for one token."""
-    return products_gpu.head_matmul(hidden[:, 0], embedding.embedding[...], interpret=interpret)[:, None]
+    if isinstance(embedding, QuantizedEmbed):
+        weight = Integers(embedding.values[...], embedding.scale[...])
+        [scores] = products_gpu.skinny_matmul(hidden[:, 0], [weight], tiling=TILING, interpret=interpret)
+    else:
+        scores = products_gpu.head_matmul(hidden[:, 0], embedding.embedding[...], interpret=interpret)
+    return scores[:, None]
 
 
 def _deep_product(
     x: Float[Array, "b k"],
-    weight: Linear,
+    weight: Matrix,
     norm: RMSNorm | None = None,
     *,
     groups: int = 1,
@@ -304,28 +317,35 @@ def _deep_product(
     **finish: Any,
 ) -> tuple[Float[Array, "b n"], Float[Array, "b n"] | None]:
     """x W, W cut along its depth, what `rows_gpu.join` makes of the pieces with `finish`, and the norm of that."""
-    kernel = weight.kernel[...]
-    splits = products_gpu.depth_splits(*kernel.shape, DEEP, groups)
-    pieces = products_gpu.split_matmul(x, kernel, splits=splits, tiling=DEEP, interpret=interpret)
+    operand = _operand(weight)
+    splits = products_gpu.depth_splits(*operand.shape, DEEP, groups)
+    pieces = products_gpu.split_matmul(x, operand, splits=splits, tiling=DEEP, interpret=interpret)
     if norm is not None:
         finish |= {"scale": norm.scale[...], "eps": norm.eps}
     return rows_gpu.join(pieces, groups=groups, dtype=x.dtype, interpret=interpret, **finish)
 
 
-def _products_obstacle(weights: list[Linear] | tuple[Linear, ...], rows: int, interpret: bool) -> str | None:
-    for weight in weights:
-        if type(weight) is not Linear:
-            return f"a weight is a {type(weight).__name__}; it takes plain ones"
-        if weight.bias is not None:
-            return "the projections have biases"
+def _operand(weight: Matrix) -> Weight:
+    """(in, out), as the kernels take it."""
+    if isinstance(weight, QuantizedLinear):
+        return Integers(weight.values[...].reshape(-1, weight.shape[0]), weight.scale[...].reshape(-1))
+    return weight.kernel[...].reshape(weight.shape[0], -1)
+
+
+def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) -> str | None:
+    if any(isinstance(weight, QuantizedLinear) and weight.bits != 8 for weight in weights):
+        return "weights are int4; it takes int8"
+    if any(weight.bias is not None for weight in weights):
+        return "the projections have biases"
     if rows > products_gpu.MAX_ROWS:
         return f"there are {rows} rows; its products take up to {products_gpu.MAX_ROWS}"
-    return _arrays_obstacle([weight.kernel[...] for weight in weights], weights[0].dtype, interpret)
+    arrays = [weight.values if isinstance(weight, QuantizedLinear) else weight.kernel for weight in weights]
+    return _arrays_obstacle(arrays, weights[0].dtype, interpret)
 
 
-def _arrays_obstacle(arrays: list[jax.Array], dtype: jnp.dtype, interpret: bool) -> str | None:
+def _arrays_obstacle(arrays: Sequence[nnx.Variable], dtype: jnp.dtype, interpret: bool) -> str | None:
     if dtype not in _HALF_PRECISION:
         return f"the compute dtype is {jnp.dtype(dtype).name}; it takes bfloat16 and float16"
-    if any(array.dtype != dtype for array in arrays):
+    if any(array.dtype not in (dtype, jnp.int8) for array in arrays):
         return f"weights are not stored in the compute dtype, {jnp.dtype(dtype).name}"
-    return no_single_gpu(interpret, arrays)
+    return no_single_gpu(interpret, [array[...] for array in arrays])

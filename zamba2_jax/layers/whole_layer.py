@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layers import decoding
+from zamba2_jax.layers.linear import Linear
 from zamba2_jax.ops._platform import compute_capability
 from zamba2_jax.ops.decode import rows_gpu
 from zamba2_jax.tokens import TokenLayout
@@ -50,6 +51,8 @@ def _layer_obstacle(layer: MambaLayer, state: MambaState) -> str | None:
     from zamba2_jax.ops.decode import layer_gpu  # takes a fifth of a second to import
 
     mixer, config = layer.mamba, layer.mamba.config
+    if not isinstance(mixer.zx_proj, Linear):
+        return "weights are integers; it takes those of the compute dtype"
     if mixer.conv_x.bias is None or mixer.conv_bc.bias is None:
         return "the convolution has no bias"
     if state.conv_x.shape[1] != layer_gpu.TAPS:

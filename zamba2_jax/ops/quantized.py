@@ -14,10 +14,11 @@ over a few candidates; that takes a sixth off the error of max / 7 for normal we
 Integers and scales are constants: a gradient passes through them, and one with respect to a scale is refused.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,24 @@ SMALLEST_GROUP = 8
 # a negative number gives it the sixteenth level, -8, which ±7 would leave unused.
 _CANDIDATES = (1 / 7, 1 / 7.5, 1 / 8, 1 / 8.5, -1 / 8, -1 / 8.5, -1 / 9, -1 / 9.5)
 _Best = tuple[jax.Array, jax.Array]  # scale and squared error
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """A matrix (in, out) of int8 integers as one value: an operand of a kernel, or references to it inside.
+
+    Attributes:
+        values: int8 (out, in). scale: float32 (out,).
+    """
+
+    values: Any
+    scale: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.values.shape[::-1]
 
 
 def group_size(in_features: int) -> int | None:

@@ -21,7 +21,7 @@ def launch(
     kernel: Callable[..., None],
     name: str,
     grid: tuple[int, ...],
-    operands: Sequence[jax.Array],
+    operands: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
     warps: int,
@@ -33,18 +33,21 @@ def launch(
 
     Args:
       name: what a profile shows.
+      operands: arrays, or trees of arrays, of which the kernel is given trees of references.
       warps, stages: of a program, for Triton's compiler.
-      in_place: outputs that take the memory of operands, by the operands' places.
+      in_place: outputs that take the memory of operands, by the operands' places; such an operand is an array.
       interpret: run the body in plain JAX, on any device.
     """
     kernel.__name__ = name
+    # Pallas counts arrays.
+    before = [len(jax.tree.leaves(operands[:place])) for place in range(len(operands))]
     return pl.pallas_call(
         kernel,
         grid=grid,
-        in_specs=[_whole(array.shape) for array in operands],
+        in_specs=[jax.tree.map(lambda array: _whole(array.shape), operand) for operand in operands],
         out_specs=[_whole(array.shape) for array in outputs],
         out_shape=list(outputs),
-        input_output_aliases=dict(in_place or {}),
+        input_output_aliases={before[place]: output for place, output in (in_place or {}).items()},
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name=name,

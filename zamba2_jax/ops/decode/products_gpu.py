@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from zamba2_jax.ops.decode.launch_gpu import launch
-from zamba2_jax.ops.decode.strips_gpu import ROWS, Tiling, columns_of, product, rows_of
+from zamba2_jax.ops.decode.strips_gpu import ROWS, Tiling, Weight, columns_of, product, rows_of
 
 # More rows are XLA's.
 MAX_ROWS = ROWS
@@ -47,12 +47,12 @@ def _narrow(tiling: Tiling) -> Tiling:
 
 @functools.partial(jax.jit, static_argnames=("tiling", "interpret"))
 def skinny_matmul(
-    x: jax.Array, weights: Sequence[jax.Array], *, tiling: Tiling = TILING, interpret: bool = False
+    x: jax.Array, weights: Sequence[Weight], *, tiling: Tiling = TILING, interpret: bool = False
 ) -> tuple[jax.Array, ...]:
     """x W for each of the weights; one launch.
 
     Args:
-      x: (b, K). weights: (K, N_j) each.
+      x: (b, K). weights: (K, N_j) each, of x's dtype or of integers.
 
     Returns:
       (b, N_j) each, in x's dtype.
@@ -88,12 +88,12 @@ def skinny_matmul(
 
 @functools.partial(jax.jit, static_argnames=("splits", "tiling", "interpret"))
 def split_matmul(
-    x: jax.Array, weight: jax.Array, *, splits: int, tiling: Tiling = TILING, interpret: bool = False
+    x: jax.Array, weight: Weight, *, splits: int, tiling: Tiling = TILING, interpret: bool = False
 ) -> jax.Array:
     """The product x W in `splits` pieces along its depth, to be added by `rows_gpu.join`: (splits, b, N) float32.
 
     Args:
-      x: (b, K). weight: (K, N). splits divides K.
+      x: (b, K). weight: (K, N), of x's dtype or of integers. splits divides K.
     """
     rows, depth = x.shape
     width = weight.shape[1]
@@ -112,9 +112,9 @@ def split_matmul(
 @functools.partial(jax.jit, static_argnames=("limit", "tiling", "interpret"))
 def mamba_projections(
     x: jax.Array,
-    zx: jax.Array,
-    bc: jax.Array,
-    dt: jax.Array,
+    zx: Weight,
+    bc: Weight,
+    dt: Weight,
     conv_x: tuple[jax.Array, jax.Array | None],
     conv_bc: tuple[jax.Array, jax.Array | None],
     window_x: jax.Array,
@@ -133,7 +133,7 @@ def mamba_projections(
 
     Args:
       x: (b, d).
-      zx: (d, 2 E). bc: (d, 2 G N). dt: (d, h).
+      zx: (d, 2 E). bc: (d, 2 G N). dt: (d, h). Each of x's dtype or of integers.
       conv_x, conv_bc: kernels (k, E), (k, 2 G N), and biases or None.
       window_x, window_bc: (b, k-1, E), (b, k-1, 2 G N).
       dt_bias: (h,).

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.quantized import Integers
+
 Ref = Any
+Weight = jax.Array | Integers
 
 # Rows of a tile of the matrix units; fewer are filled up with copies of the last.
 ROWS = 16
@@ -55,11 +58,13 @@ def rows_of(count: int) -> jax.Array:
     return jnp.minimum(jnp.arange(ROWS, dtype=jnp.int32), count - 1)
 
 
-def product(x: Ref, weight: Ref, first: Any, tiling: Tiling, *, start: Any = 0, length: int | None = None) -> jax.Array:
+def product(
+    x: Ref, weight: Ref | Integers, first: Any, tiling: Tiling, *, start: Any = 0, length: int | None = None
+) -> jax.Array:
     """x W[:, first : first + columns]: (ROWS, columns) float32, of which the first rows are x's.
 
     Args:
-      x: (rows, K), up to `ROWS`. weight: (K, N), of the same dtype.
+      x: (rows, K), up to `ROWS`. weight: (K, N), of the same dtype or of integers.
       start, length: read only so many features from `start` on.
     """
     size = x.shape[1] if length is None else length
@@ -67,15 +72,22 @@ def product(x: Ref, weight: Ref, first: Any, tiling: Tiling, *, start: Any = 0, 
     ragged = size % depth != 0
     row, (column, _) = rows_of(x.shape[0]), columns_of(first, tiling.columns, weight.shape[1])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    integers = isinstance(weight, Integers)
+    scale = plgpu.load(weight.scale.at[column]) if integers else None
 
     def add(turn, total):
-        # Nothing but the copies and the product: work on an operand in between would stall the pipeline.
+        # Nothing but the copies and the product: work on an operand in between would stall the pipeline. Integers are
+        # widened in registers, where the matrix units take them from: (N, K) is the order that they want bytes in.
         offset = turn * depth + jnp.arange(depth, dtype=jnp.int32)
         feature = start + (jnp.minimum(offset, size - 1) if ragged else offset)
         left = plgpu.load(x.at[row[:, None], feature[None, :]])
         if ragged:
             left = jnp.where((offset < size)[None, :], left, jnp.zeros((), left.dtype))
-        tile = plgpu.load(weight.at[feature[:, None], column[None, :]])
-        return total + plgpu.dot(left, tile, precision=precision)
+        if integers:
+            tile = plgpu.load(weight.values.at[column[:, None], feature[None, :]]).astype(left.dtype)
+        else:
+            tile = plgpu.load(weight.at[feature[:, None], column[None, :]])
+        return total + plgpu.dot(left, tile, trans_b=integers, precision=precision)
 
-    return jax.lax.fori_loop(0, pl.cdiv(size, depth), add, jnp.zeros((ROWS, tiling.columns), jnp.float32))
+    total = jax.lax.fori_loop(0, pl.cdiv(size, depth), add, jnp.zeros((ROWS, tiling.columns), jnp.float32))
+    return total * scale[None, :] if integers else total
