@@ -53,6 +53,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(decoding, "TILING", Tiling(columns=32, depth=32, warps=1, stages=2))
     monkeypatch.setattr(decoding, "WIDE", Tiling(columns=16, depth=64, warps=1, stages=2))
     monkeypatch.setattr(decoding, "DEEP", Tiling(columns=16, depth=16, warps=1, stages=2))
+    monkeypatch.setattr(decoding, "INTEGERS", Tiling(columns=32, depth=32, warps=1, stages=2))
 
 
 def states_like(tree, rng):
@@ -76,6 +77,7 @@ def assert_close(got, expected):
         pytest.param("1.2B", 1, False, None, marks=pytest.mark.slow),
         ("7B", 3, True, None),
         ("7B", 3, True, "int8"),
+        ("1.2B", 1, False, "int4"),
     ],
 )
 def test_mamba_layer(kind, rows, masked, integers, monkeypatch):
@@ -157,7 +159,7 @@ def test_recurrence_of_many_rows(dtype, masked, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "rows", "integers"),
-    [("1.2B", 1, None), pytest.param("7B", 3, None, marks=pytest.mark.slow), ("1.2B", 3, "int8")],
+    [("1.2B", 1, None), pytest.param("7B", 3, None, marks=pytest.mark.slow), ("1.2B", 3, "int8"), ("1.2B", 1, "int4")],
 )
 def test_shared_block(kind, rows, integers, monkeypatch):
     switch_off(monkeypatch, "shared_block_obstacle")
@@ -199,7 +201,7 @@ def test_head(rows, integers):
 
 
 class TestObstacles:
-    @pytest.mark.parametrize("integers", [None, "int8"])
+    @pytest.mark.parametrize("integers", [None, "int8", "int4"])
     def test_none_in_the_interpreter(self, integers):
         model, _ = make("1.2B", integers=integers)
         base = model.model
@@ -218,8 +220,9 @@ class TestObstacles:
         single, _ = make("1.2B", dtype=jnp.float32)
         assert "float32" in decoding.mamba_obstacle(single.model.layers[0], 1, interpret=INTERPRET)
         assert "2 rows" in decoding.head_obstacle(model.model.embed_tokens, 2, interpret=INTERPRET)
-        four, _ = make("1.2B", integers="int4")
-        assert "int4" in decoding.mamba_obstacle(four.model.layers[0], 1, interpret=INTERPRET)
+        narrow = Zamba2Config(**SIZES | {"hidden_size": 48, "mamba_ngroups": 2})
+        four = quantize(Zamba2ForCausalLM(narrow, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "int4").model
+        assert "groups of 16" in decoding.mamba_obstacle(four.layers[0], 1, interpret=INTERPRET)
         half, _ = make("1.2B", dtype=jnp.float16)
         assert "float16" in decoding.mamba_obstacle(half.model.layers[0], 1, interpret=INTERPRET)
 

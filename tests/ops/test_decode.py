@@ -12,7 +12,7 @@ from zamba2_jax.ops.conv import causal_conv_step
 from zamba2_jax.ops.decode import attention_gpu, products_gpu, rows_gpu, state_gpu, window_gpu
 from zamba2_jax.ops.decode.cached_attention import cached_attention, cached_attention_of_several, in_blocks
 from zamba2_jax.ops.decode.strips_gpu import Tiling
-from zamba2_jax.ops.quantized import Integers, dequantize_int8, quantize_int8
+from zamba2_jax.ops.quantized import Integers, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from zamba2_jax.ops.ssd import ssd_step, time_step
 
 INTERPRET = jax.default_backend() != "gpu"
@@ -34,12 +34,16 @@ def draw(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
 
 
-def integers(seed: int, depth: int, columns: int) -> Integers:
-    return Integers(*quantize_int8(draw(seed, depth, columns), axis=0))
+def integers(seed: int, depth: int, columns: int, bits: int = 8) -> Integers:
+    quantize = quantize_int8 if bits == 8 else quantize_int4
+    return Integers(*quantize(draw(seed, depth, columns), axis=0))
 
 
 def dense(weight: jax.Array | Integers) -> jax.Array:
-    return weight if isinstance(weight, jax.Array) else dequantize_int8(weight.values, weight.scale).T
+    if isinstance(weight, jax.Array):
+        return weight
+    dequantize = dequantize_int8 if weight.group is None else dequantize_int4
+    return dequantize(weight.values, weight.scale).T
 
 
 def normalised(x, eps, groups=1):
@@ -71,23 +75,31 @@ class TestProducts:
 
     @pytest.mark.parametrize(("depth", "groups"), [(4096, 1), (7168, 2), (2048, 1), (100, 1), (90, 3)])
     def test_a_weight_is_cut_into_equal_pieces_that_respect_groups(self, depth, groups):
-        splits = products_gpu.depth_splits(depth, 2048, Tiling(), groups)
+        splits = products_gpu.depth_splits(jax.ShapeDtypeStruct((depth, 2048), jnp.bfloat16), Tiling(), groups)
         assert depth % splits == 0
         assert splits % groups == 0
 
+    def test_a_weight_is_not_cut_inside_a_group_of_int4(self):
+        assert products_gpu.depth_splits(integers(0, 384, 16, bits=4), SMALL) == 2
+        assert products_gpu.depth_splits(integers(0, 384, 16, bits=4), Tiling(columns=16, depth=32)) == 2
+        assert products_gpu.depth_splits(integers(0, 384, 16), Tiling(columns=16, depth=32)) == 4
+
     @pytest.mark.parametrize(("rows", "depth"), [(1, 128), (3, 90), (16, 96)])
     def test_integers(self, rows, depth):
-        """int8 weights beside plain ones."""
+        """int8 and int4 weights beside plain ones."""
         x = draw(0, rows, depth)
         weights = [integers(2, depth, 40), draw(3, depth, 24), integers(4, depth, 1030)]
+        if depth % products_gpu.SMALLEST_GROUP == 0:
+            weights += [integers(5, depth, 1030, bits=4), integers(6, depth, 24, bits=4)]
         results = products_gpu.skinny_matmul(x, weights, tiling=SMALL, interpret=INTERPRET)
         for result, weight in zip(results, weights, strict=True):
             np.testing.assert_allclose(result, x @ dense(weight), **CLOSE)
 
-    def test_integers_in_pieces(self):
-        x, weight = draw(0, 3, 128), integers(1, 128, 48)
-        pieces = products_gpu.split_matmul(x, weight, splits=4, tiling=SMALL, interpret=INTERPRET)
-        expected = jnp.einsum("bsk,skn->sbn", x.reshape(3, 4, -1), dense(weight).reshape(4, -1, 48))
+    @pytest.mark.parametrize(("bits", "splits"), [(8, 4), (4, 3)])
+    def test_integers_in_pieces(self, bits, splits):
+        x, weight = draw(0, 3, 384), integers(1, 384, 48, bits=bits)
+        pieces = products_gpu.split_matmul(x, weight, splits=splits, tiling=SMALL, interpret=INTERPRET)
+        expected = jnp.einsum("bsk,skn->sbn", x.reshape(3, splits, -1), dense(weight).reshape(splits, -1, 48))
         np.testing.assert_allclose(pieces, expected, **CLOSE)
 
     @pytest.mark.parametrize("activation", products_gpu.ACTIVATIONS)
@@ -354,8 +366,9 @@ class TestCachedAttention:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("adapter", "rope"), [(True, True), (False, True), (True, False)])
-def test_rotate_and_store(rows, adapter, rope):
-    heads, kv_heads, head_dim, slots, rank = 4, 2, 10, 24, 12
+@pytest.mark.parametrize("rank", [12, 4])
+def test_rotate_and_store(rank, rows, adapter, rope):
+    heads, kv_heads, head_dim, slots = 4, 2, 10, 24
     widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
     projected = tuple(draw(index, rows, width) for index, width in enumerate(widths))
     low = tuple(draw(index + 3, rows, rank) for index in range(3)) if adapter else None

@@ -2,12 +2,14 @@
 
 With few rows a step is one pass over the weights. Dozens of small operations per layer, each a launch, then cost more
 than the pass: here a mamba layer is four launches (five after a shared block) and a use of a shared block twelve, and
-one to join attention's parts. Weights are arrays of the compute dtype, or int8. Others and more rows leave the products
-to XLA; what lies between a mixer's projections and its norm is two launches then.
+one to join attention's parts. Weights are numbers of the compute dtype, int8 or int4. More rows leave the products to
+XLA; what lies between a mixer's projections and its norm is two launches then.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +35,20 @@ if TYPE_CHECKING:
 
 Matrix = Linear | QuantizedLinear
 
-# Measured on an H100, for 1 and 8 rows of the 1.2B shape.
+# Measured on an H200, for 1 row and for 8, of the 1.2B and the 7B shape.
 TILING = Tiling()
-# Of weights that are large together: fewer, wider strips.
-WIDE = Tiling(columns=256, depth=64, warps=8, stages=4)
+# Of weights that are large together.
+WIDE = Tiling(columns=128, depth=64, warps=4, stages=5)
 # Of weights that are cut along their depth.
-DEEP = Tiling(columns=64, depth=128, warps=4, stages=4)
+DEEP = Tiling(columns=64, depth=128, warps=4, stages=3)
+# Of integers, whichever.
+INTEGERS = Tiling(columns=64, depth=256, warps=4, stages=3)
+# Fewer strips of integers than this are cut in two: a strip takes half as long to read as one of other weights.
+_FEW_STRIPS = 200
 # Of an adapter, one tile deep: nothing to keep under way, so many small programs (4.3 us instead of 5.1).
 SHALLOW = Tiling(columns=32, depth=128, warps=4, stages=2)
 _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+_INTEGERS = (jnp.int8, jnp.uint8)
 
 
 def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str | None:
@@ -52,7 +59,12 @@ def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str
     if mixer.dtype == jnp.float16:
         return "the compute dtype is float16, which what goes to the output projection before its norm may exceed"
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
-    return _products_obstacle(weights, rows, interpret) or recurrence_obstacle(mixer, interpret)
+    if (reason := _products_obstacle(weights, rows, interpret)) is not None:
+        return reason
+    out, norm_groups = _operand(mixer.out_proj), mixer.config.mamba_ngroups
+    if isinstance(out, Integers) and out.group and (out.shape[0] // norm_groups) % out.group:
+        return "groups of int4 reach from one group of the mixer's norm into the next"
+    return recurrence_obstacle(mixer, interpret)
 
 
 def mamba_layer_step(
@@ -95,7 +107,7 @@ def mamba_layer_step(
         mixer.dt_bias[...],
         _kept(layout),
         limit=config.time_step_limit,
-        tiling=TILING,
+        tiling=_tiling([mixer.zx_proj], TILING),
         interpret=interpret,
     )
     gated, ssm, squares = state_gpu.state_step(
@@ -230,7 +242,7 @@ def shared_block_step(
     gate_up, low = products_gpu.skinny_matmul(
         x,
         [_operand(mlp.gate_up_proj), _operand(use.gate_up_adapter.down)],
-        tiling=WIDE,
+        tiling=_tiling([mlp.gate_up_proj], WIDE),
         interpret=interpret,
     )
     x = products_gpu.gated_activation(
@@ -256,13 +268,15 @@ def shared_attention_step(
 ) -> tuple[Float[Array, "b a"], KeyValue]:
     """A shared block's attention for one token, from its norm on, without the output projection."""
     rows = normed.shape[0]
-    weights = [_operand(projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    weights = [_operand(projection) for projection in projections]
     up = None
     if use.q_adapter is not None:
         adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
         weights += [_operand(adapter.down) for adapter in adapters]
         up = tuple(_operand(adapter.up) for adapter in adapters)
-    projected = products_gpu.skinny_matmul(normed, weights, tiling=WIDE, interpret=interpret)
+    tiling = _tiling(projections, WIDE)
+    projected = products_gpu.skinny_matmul(normed, weights, tiling=tiling, interpret=interpret)
     query, key, value = attention_gpu.rotate_and_store(
         projected[:3],
         None if up is None else projected[3:],
@@ -301,7 +315,7 @@ def head_scores(
     """`embedding.attend` for one token."""
     if isinstance(embedding, QuantizedEmbed):
         weight = Integers(embedding.values[...], embedding.scale[...])
-        [scores] = products_gpu.skinny_matmul(hidden[:, 0], [weight], tiling=TILING, interpret=interpret)
+        [scores] = products_gpu.skinny_matmul(hidden[:, 0], [weight], tiling=INTEGERS, interpret=interpret)
     else:
         scores = products_gpu.head_matmul(hidden[:, 0], embedding.embedding[...], interpret=interpret)
     return scores[:, None]
@@ -317,9 +331,9 @@ def _deep_product(
     **finish: Any,
 ) -> tuple[Float[Array, "b n"], Float[Array, "b n"] | None]:
     """x W, W cut along its depth, what `rows_gpu.join` makes of the pieces with `finish`, and the norm of that."""
-    operand = _operand(weight)
-    splits = products_gpu.depth_splits(*operand.shape, DEEP, groups)
-    pieces = products_gpu.split_matmul(x, operand, splits=splits, tiling=DEEP, interpret=interpret)
+    operand, tiling = _operand(weight), DEEP if isinstance(weight, Linear) else INTEGERS
+    splits = products_gpu.depth_splits(operand, tiling, groups)
+    pieces = products_gpu.split_matmul(x, operand, splits=splits, tiling=tiling, interpret=interpret)
     if norm is not None:
         finish |= {"scale": norm.scale[...], "eps": norm.eps}
     return rows_gpu.join(pieces, groups=groups, dtype=x.dtype, interpret=interpret, **finish)
@@ -328,13 +342,26 @@ def _deep_product(
 def _operand(weight: Matrix) -> Weight:
     """(in, out), as the kernels take it."""
     if isinstance(weight, QuantizedLinear):
-        return Integers(weight.values[...].reshape(-1, weight.shape[0]), weight.scale[...].reshape(-1))
+        values, scale = weight.values[...], weight.scale[...]
+        outputs = math.prod(weight.shape[1:])
+        return Integers(values.reshape(outputs, -1), scale.reshape(outputs, *scale.shape[values.ndim - 1 :]))
     return weight.kernel[...].reshape(weight.shape[0], -1)
 
 
+def _tiling(weights: Sequence[Matrix], plain: Tiling) -> Tiling:
+    """For the weights of one launch; `plain` where they are no integers."""
+    if isinstance(weights[0], Linear):
+        return plain
+    outputs = sum(math.prod(weight.shape[1:]) for weight in weights)
+    if outputs >= _FEW_STRIPS * INTEGERS.columns:
+        return INTEGERS
+    return dataclasses.replace(INTEGERS, columns=INTEGERS.columns // 2)
+
+
 def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) -> str | None:
-    if any(isinstance(weight, QuantizedLinear) and weight.bits != 8 for weight in weights):
-        return "weights are int4; it takes int8"
+    groups = [weight.group for weight in map(_operand, weights) if isinstance(weight, Integers) and weight.group]
+    if groups and min(groups) < products_gpu.SMALLEST_GROUP:
+        return f"int4 in groups of {min(groups)}; it takes {products_gpu.SMALLEST_GROUP} and more"
     if any(weight.bias is not None for weight in weights):
         return "the projections have biases"
     if rows > products_gpu.MAX_ROWS:
@@ -346,6 +373,6 @@ def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) ->
 def _arrays_obstacle(arrays: Sequence[nnx.Variable], dtype: jnp.dtype, interpret: bool) -> str | None:
     if dtype not in _HALF_PRECISION:
         return f"the compute dtype is {jnp.dtype(dtype).name}; it takes bfloat16 and float16"
-    if any(array.dtype not in (dtype, jnp.int8) for array in arrays):
+    if any(array.dtype not in (dtype, *_INTEGERS) for array in arrays):
         return f"weights are not stored in the compute dtype, {jnp.dtype(dtype).name}"
     return no_single_gpu(interpret, [array[...] for array in arrays])

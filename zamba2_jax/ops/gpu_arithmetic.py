@@ -66,6 +66,28 @@ class Arithmetic:
         return _instruction("cvt.rn.bf16x2.f32 $0, $1, 0f00000000;", x, constraint="=r")
 
 
+def nibbles(packed: jax.Array, *, high: bool, dtype: jax.typing.DTypeLike, interpret: bool) -> jax.Array:
+    """The low or the high four bits of uint8 numbers, less 8, in `dtype`.
+
+    To bfloat16 in five instructions for four numbers: a nibble under the exponent of 128 is 128 more than itself.
+    Byte by byte, as the compiler would have it, a number takes eight.
+    """
+    if interpret or jnp.dtype(dtype) != jnp.bfloat16:
+        return ((packed >> 4 if high else packed & 15).astype(jnp.int8) - 8).astype(dtype)
+    shift = "shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;" if high else "and.b32 t, $2, 0x0F0F0F0F;"
+    [result] = plgpu.elementwise_inline_asm(
+        "{ .reg .b32 t, less; mov.b32 less, 0xC308C308;"  # -136, twice
+        + shift
+        + " prmt.b32 $0, t, 0x43434343, 0x4140; prmt.b32 $1, t, 0x43434343, 0x4342;"
+        " add.rn.bf16x2 $0, $0, less; add.rn.bf16x2 $1, $1, less; }",
+        args=[packed],
+        constraints="=r,=r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(packed.shape, jnp.bfloat16)],
+    )
+    return result
+
+
 def _instruction(code: str, *operands: ArrayLike, constraint: str = "=f") -> jax.Array:
     shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
     [result] = plgpu.elementwise_inline_asm(

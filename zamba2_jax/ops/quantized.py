@@ -40,10 +40,10 @@ _Best = tuple[jax.Array, jax.Array]  # scale and squared error
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Integers:
-    """A matrix (in, out) of int8 integers as one value: an operand of a kernel, or references to it inside.
+    """A matrix (in, out) of integers as one value: an operand of a kernel, or references to it inside.
 
     Attributes:
-        values: int8 (out, in). scale: float32 (out,).
+        values: int8 (out, in) or uint8 (out, in / 2). scale: float32 (out,) or bfloat16 (out, in / group).
     """
 
     values: Any
@@ -52,7 +52,13 @@ class Integers:
     @property
     def shape(self) -> tuple[int, int]:
         """(in, out)."""
-        return self.values.shape[::-1]
+        out, stored = self.values.shape
+        return (stored if self.group is None else 2 * stored), out
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale, of int4; None for int8."""
+        return None if self.values.dtype == jnp.int8 else 2 * self.values.shape[1] // self.scale.shape[1]
 
 
 def group_size(in_features: int) -> int | None:

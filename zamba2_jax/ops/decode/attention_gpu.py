@@ -151,7 +151,8 @@ def _adapter(low, up, columns, row, dtype):
     All is asked for before anything is computed with: a program has little to read, and would wait for it twice.
     """
     rank = low.shape[1]
-    depth = min(128, pl.next_power_of_2(rank))
+    # The matrix units take 16 features or more: of fewer, Triton's compiler was seen to make nonsense.
+    depth = max(16, min(128, pl.next_power_of_2(rank)))
     block = row.shape[0]
     totals = [jnp.zeros((block, column.shape[1]), jnp.float32) for column in columns]
     for first in range(0, rank, depth):

@@ -21,9 +21,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from zamba2_jax.ops.decode.launch_gpu import launch
 from zamba2_jax.ops.decode.strips_gpu import ROWS, Tiling, Weight, columns_of, product, rows_of
+from zamba2_jax.ops.quantized import Integers
 
 # More rows are XLA's.
 MAX_ROWS = ROWS
+# Of int4: half a group is one product of the matrix units, which take 16 features or more.
+SMALLEST_GROUP = 32
 # The head's kernel multiplies by hand: for several rows XLA's product was measured to be as fast as it is for one.
 MAX_HEAD_ROWS = 1
 # Strips that occupy a large card once.
@@ -33,10 +36,14 @@ TILING = Tiling()
 _NARROW = 1024
 
 
-def depth_splits(depth: int, columns: int, tiling: Tiling, multiple_of: int = 1) -> int:
+def depth_splits(weight: Weight, tiling: Tiling, multiple_of: int = 1) -> int:
     """Into how many pieces a weight (depth, columns) is cut along its depth: a power of two times `multiple_of`."""
+    depth, columns = weight.shape
+    shortest = tiling.depth
+    if isinstance(weight, Integers) and weight.group is not None:
+        shortest = max(shortest, weight.group)
     splits = multiple_of
-    while splits * pl.cdiv(columns, tiling.columns) < _PROGRAMS and depth % (2 * splits * tiling.depth) == 0:
+    while splits * pl.cdiv(columns, tiling.columns) < _PROGRAMS and depth % (2 * splits * shortest) == 0:
         splits *= 2
     return splits
 
@@ -70,7 +77,7 @@ def skinny_matmul(
 
             def strip(weight=weight, output=output, before=before, tiling=tiling):
                 first = (program - before) * tiling.columns
-                store_rows(output, first, product(x_in, weight, first, tiling))
+                store_rows(output, first, product(x_in, weight, first, tiling, interpret=interpret))
 
             if len(weights) == 1:
                 strip()
@@ -101,7 +108,7 @@ def split_matmul(
 
     def kernel(x_in, weight_in, output):
         first, piece = pl.program_id(0) * tiling.columns, pl.program_id(1)
-        values = product(x_in, weight_in, first, tiling, start=piece * length, length=length)
+        values = product(x_in, weight_in, first, tiling, start=piece * length, length=length, interpret=interpret)
         store_rows(output, first, values, piece)
 
     outputs = [jax.ShapeDtypeStruct((splits, rows, width), jnp.float32)]
@@ -169,7 +176,8 @@ def mamba_projections(
 
         def projected(weight, first, tiling):
             # Rounded as the plain product is.
-            return product(given["x"], weight, first, tiling).astype(x.dtype).astype(jnp.float32)
+            values = product(given["x"], weight, first, tiling, interpret=interpret)
+            return values.astype(x.dtype).astype(jnp.float32)
 
         def convolve(weight, at, first, tiling, name, output, window_out):
             # What the convolution reads is under way while the product is made.
@@ -336,7 +344,7 @@ def gated_activation(
 
         def finished(offset):
             base = plgpu.load(gate_up_in.at[rows_of(rows)[:, None], offset + column[None, :]])
-            added = product(low_in, up_in, offset + first, tiling)
+            added = product(low_in, up_in, offset + first, tiling, interpret=interpret)
             return (base + added.astype(dtype)).astype(jnp.float32)
 
         store_rows(output, first, ACTIVATIONS[activation](finished(0)) * finished(half))

@@ -8,6 +8,8 @@ makes them for operands of the matrix units alone, so one row takes these too: i
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,12 +17,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from zamba2_jax.ops.gpu_arithmetic import Arithmetic, nibbles
 from zamba2_jax.ops.quantized import Integers
 
 Ref = Any
 Weight = jax.Array | Integers
 
-# Rows of a tile of the matrix units; fewer are filled up with copies of the last.
+# Rows of a tile of the matrix units; fewer are filled up with zeros.
 ROWS = 16
 
 
@@ -59,35 +62,94 @@ def rows_of(count: int) -> jax.Array:
 
 
 def product(
-    x: Ref, weight: Ref | Integers, first: Any, tiling: Tiling, *, start: Any = 0, length: int | None = None
+    x: Ref,
+    weight: Ref | Integers,
+    first: Any,
+    tiling: Tiling,
+    *,
+    start: Any = 0,
+    length: int | None = None,
+    interpret: bool,
 ) -> jax.Array:
-    """x W[:, first : first + columns]: (ROWS, columns) float32, of which the first rows are x's.
+    """x W[:, first : first + columns]: (ROWS, columns) float32, of which the first rows are x's and the others zeros.
 
     Args:
       x: (rows, K), up to `ROWS`. weight: (K, N), of the same dtype or of integers.
-      start, length: read only so many features from `start` on.
+      start, length: read only so many features from `start` on; of int4, whole groups.
     """
     size = x.shape[1] if length is None else length
-    depth = tiling.depth
-    ragged = size % depth != 0
-    row, (column, _) = rows_of(x.shape[0]), columns_of(first, tiling.columns, weight.shape[1])
+    if not isinstance(weight, Integers):
+        return _of_numbers(x, weight, first, tiling, start, size)
+    if weight.group is None:
+        return _of_int8(x, weight, first, tiling, start, size)
+    return _of_int4(x, weight, first, tiling, start, size, interpret)
+
+
+def _of_numbers(x, weight, first, tiling, start, size):
+    column, _ = columns_of(first, tiling.columns, weight.shape[1])
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    integers = isinstance(weight, Integers)
-    scale = plgpu.load(weight.scale.at[column]) if integers else None
 
     def add(turn, total):
-        # Nothing but the copies and the product: work on an operand in between would stall the pipeline. Integers are
-        # widened in registers, where the matrix units take them from: (N, K) is the order that they want bytes in.
-        offset = turn * depth + jnp.arange(depth, dtype=jnp.int32)
-        feature = start + (jnp.minimum(offset, size - 1) if ragged else offset)
-        left = plgpu.load(x.at[row[:, None], feature[None, :]])
-        if ragged:
-            left = jnp.where((offset < size)[None, :], left, jnp.zeros((), left.dtype))
-        if integers:
-            tile = plgpu.load(weight.values.at[column[:, None], feature[None, :]]).astype(left.dtype)
-        else:
-            tile = plgpu.load(weight.at[feature[:, None], column[None, :]])
-        return total + plgpu.dot(left, tile, trans_b=integers, precision=precision)
+        # Nothing but the copies and the product: work on an operand in between would stall the pipeline.
+        left, feature = _features(x, turn, tiling.depth, start, size)
+        tile = plgpu.load(weight.at[feature[:, None], column[None, :]])
+        return total + plgpu.dot(left, tile, precision=precision)
 
-    total = jax.lax.fori_loop(0, pl.cdiv(size, depth), add, jnp.zeros((ROWS, tiling.columns), jnp.float32))
-    return total * scale[None, :] if integers else total
+    return _turns(pl.cdiv(size, tiling.depth), add, tiling)
+
+
+def _of_int8(x, weight, first, tiling, start, size):
+    column, _ = columns_of(first, tiling.columns, weight.shape[1])
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    scale = plgpu.load(weight.scale.at[column])
+
+    def add(turn, total):
+        # Widened in registers, where the matrix units take their operands from: (N, K) is the order they want bytes in.
+        left, feature = _features(x, turn, tiling.depth, start, size)
+        tile = plgpu.load(weight.values.at[column[:, None], feature[None, :]])
+        return total + plgpu.dot(left, tile.astype(left.dtype), trans_b=True, precision=precision)
+
+    return _turns(pl.cdiv(size, tiling.depth), add, tiling) * scale[None, :]
+
+
+def _of_int4(x, weight, first, tiling, start, size, interpret):
+    column, _ = columns_of(first, tiling.columns, weight.shape[1])
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    group, arithmetic = weight.group, Arithmetic.of(x.dtype, interpret=interpret)
+    half = group // 2
+    groups = math.gcd(size // group, max(1, tiling.depth // group))
+
+    def add(turn, total):
+        for index in range(groups):
+            number = start // group + turn * groups + index
+            byte = number * half + jnp.arange(half, dtype=jnp.int32)
+            packed = plgpu.load(weight.values.at[column[:, None], byte[None, :]])
+            scale = plgpu.load(weight.scale.at[column, number]).astype(jnp.float32)
+            # A group's sum is of integers; its scale comes after.
+            sums = []
+            for part in range(2):
+                left, _ = _features(x, part, half, number * group, group)
+                wide = nibbles(packed, high=part == 1, dtype=x.dtype, interpret=interpret)
+                sums.append(plgpu.dot(left, wide, trans_b=True, precision=precision))
+            total = arithmetic.multiply_add(sums[0] + sums[1], scale[None, :], total)
+        return total
+
+    return _turns(size // (groups * group), add, tiling)
+
+
+def _turns(count: int, add: Callable[[Any, jax.Array], jax.Array], tiling: Tiling) -> jax.Array:
+    return jax.lax.fori_loop(0, count, add, jnp.zeros((ROWS, tiling.columns), jnp.float32))
+
+
+def _features(x: Ref, turn: Any, depth: int, start: Any, size: int) -> tuple[jax.Array, jax.Array]:
+    """The turn-th `depth` features of `size` from `start` on, (ROWS, depth) with zeros where there are none, and their
+    places in x, (depth,)."""
+    row, offset = jnp.arange(ROWS, dtype=jnp.int32), turn * depth + jnp.arange(depth, dtype=jnp.int32)
+    # Zeros are written, not read: all programs read the same features at the same time, which few slices of the L2
+    # hold, and copies of a row in the place of zeros kept these busy for longer than the weights took.
+    taken = jnp.broadcast_to((row < x.shape[0])[:, None], (ROWS, depth))
+    if size % depth:
+        taken &= (offset < size)[None, :]
+        offset = jnp.minimum(offset, size - 1)
+    feature = start + offset
+    return plgpu.load(x.at[row[:, None], feature[None, :]], mask=taken, other=0.0), feature
