@@ -53,7 +53,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(decoding, "TILING", Tiling(columns=32, depth=32, warps=1, stages=2))
     monkeypatch.setattr(decoding, "WIDE", Tiling(columns=16, depth=64, warps=1, stages=2))
     monkeypatch.setattr(decoding, "DEEP", Tiling(columns=16, depth=16, warps=1, stages=2))
-    monkeypatch.setattr(decoding, "INTEGERS", Tiling(columns=32, depth=32, warps=1, stages=2))
+    monkeypatch.setattr(decoding, "INT8", Tiling(columns=32, depth=32, warps=1, stages=2))
+    monkeypatch.setattr(decoding, "INT4", Tiling(columns=16, depth=64, warps=1, stages=2))
 
 
 def states_like(tree, rng):

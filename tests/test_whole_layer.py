@@ -58,14 +58,16 @@ def assert_near(got, expected):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="the kernel runs on a Hopper GPU only")
-@pytest.mark.parametrize("limit", [None, (0.01, 0.05)])
-def test_kernel(limit, monkeypatch):
+@pytest.mark.parametrize(("limit", "integers"), [(None, None), ((0.01, 0.05), None), (None, "int8")])
+def test_kernel(limit, integers, monkeypatch):
     """Some steps of a model, each against four launches a layer and against the plain layers, from the same cache."""
     model = make(FULL, ["mamba", "mamba", "hybrid", "mamba"], time_step_limit=limit)
     rng = np.random.default_rng(0)
     for layer in model.model.layers:  # drawn anew, so that no weight is a constant
         for part in (layer.input_layernorm.scale, layer.mamba.norm.scale, layer.mamba.D, layer.mamba.conv_x.bias):
             part[...] = jnp.asarray(rng.normal(1.0, 0.3, part[...].shape), part[...].dtype)
+    if integers is not None:
+        model = quantize(model, integers)
     prompt = jax.jit(lambda ids: model(ids, use_cache=True, cache_length=8).past_key_values)
     cache = prompt(jnp.asarray([[5, 6, 7]]))
     assert all(whole_layer.obstacle(layer, layout(), cache.mamba[0]) is None for layer in model.model.layers)
@@ -81,7 +83,7 @@ def test_kernel(limit, monkeypatch):
             return run.lower(jnp.zeros((1, 1), jnp.int32), cache).compile()
 
     whole, fused, plain = step([]), step([whole_layer]), step([whole_layer, decoding])
-    for kernel in ("mamba_layer", "feed_forward"):
+    for kernel in ("mamba_layer", "feed_forward") if integers is None else ("mamba_layer",):
         assert kernel in whole.as_text()
     assert "mosaic_gpu" not in fused.as_text()
     for token in (8, 9, 10):
@@ -196,8 +198,7 @@ def test_obstacles(monkeypatch):
     assert "capability 10.0" in whole_layer.obstacle(layer, layout(), state)
     monkeypatch.setattr(whole_layer, "compute_capability", lambda: 9.0)
     assert "4 heads of 32" in whole_layer.obstacle(layer, layout(), state)
-    integers = quantize(model, "int8").model.layers[0]
-    assert "weights are integers" in whole_layer.obstacle(integers, layout(), state)
+    assert "weights are int4" in whole_layer.obstacle(quantize(model, "int4").model.layers[0], layout(), state)
     half = dataclasses.replace(state, ssm=state.ssm.astype(jnp.bfloat16))
     assert "bfloat16, bfloat16, bfloat16" in whole_layer.obstacle(layer, layout(), half)
 

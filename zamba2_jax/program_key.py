@@ -439,7 +439,7 @@ def _tables() -> list[Any]:
         products_gpu.ACTIVATIONS,
         api.FUSED,
         layer_stack.CHECKPOINT_POLICIES,
-        [decoding.TILING, decoding.WIDE, decoding.DEEP, decoding.INTEGERS, decoding.SHALLOW],
+        [decoding.TILING, decoding.WIDE, decoding.DEEP, decoding.INT8, decoding.INT4, decoding.SHALLOW],
     ]
 
 

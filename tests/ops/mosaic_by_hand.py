@@ -121,8 +121,12 @@ def by_hand(monkeypatch, kernel):
         with counting:
             assert counting.wait_for(lambda: int(count.array) >= programs, timeout=60), "a program never arrived"
 
-    def store_operand(memory, values):
+    def store_operand(memory, values, int8=False):
         memory.array[0, : values.shape[0] // 64, 0, :] = np.asarray(values).reshape(-1, 64)
+
+    def widened(tiles, slot, half):
+        # In the features' own order, as `store_operand` has them here.
+        return Ref(tiles.array[int(slot)][:, half * hopper.DEPTH : (half + 1) * hopper.DEPTH])
 
     class Layout:
         WGMMA = types.SimpleNamespace(reduce=lambda axis: None)
@@ -161,6 +165,7 @@ def by_hand(monkeypatch, kernel):
         "wait": wait,
         "barrier": lambda: None,
         "store_operand": store_operand,
+        "widened": widened,
     }.items():
         monkeypatch.setattr(hopper, name, stand_in)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from tests.ops.mosaic_by_hand import by_hand, ref, unwritten
@@ -10,6 +11,7 @@ from zamba2_jax import Zamba2Config
 from zamba2_jax.cache import MambaState
 from zamba2_jax.layers import decoding, whole_layer
 from zamba2_jax.layers.mamba2 import MambaLayer
+from zamba2_jax.layers.quantized import QuantizedLinear
 from zamba2_jax.ops.decode import layer_gpu
 from zamba2_jax.tokens import TokenLayout
 
@@ -22,7 +24,8 @@ SIZES = {
 }
 
 
-def test_program(monkeypatch):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_program(bits, monkeypatch):
     limit = (0.01, 0.05)
     config = Zamba2Config(**SIZES, time_step_limit=limit)
     layer = MambaLayer(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -34,6 +37,9 @@ def test_program(monkeypatch):
     mixer = layer.mamba
     for part in (layer.input_layernorm.scale, mixer.norm.scale, mixer.D, mixer.conv_x.bias, mixer.conv_bc.bias):
         part[...] = 1.0 + draw(*part.shape, dtype=part.dtype, scale=0.3)
+    if bits == 8:
+        for name in ("zx_proj", "bc_proj", "out_proj"):
+            setattr(mixer, name, QuantizedLinear(getattr(mixer, name), bits=8))
     before = layer_gpu.Unsummed(
         draw(2048), draw(4, 2048, dtype=jnp.float32), jnp.full((1,), 9000.0), jnp.zeros((6,), jnp.int32)
     )
@@ -49,8 +55,8 @@ def test_program(monkeypatch):
     monkeypatch.setattr(decoding, "mamba_obstacle", lambda *_: "switched off")
     expected, left = layer(hidden[None, None], layout, state, added[None, None])
 
-    sizes = layer_gpu.sizes_of(2048, 4096)
-    weights = {name: ref(array) for name, array in whole_layer.weights_of(layer).items()}
+    sizes = layer_gpu.sizes_of(2048, 4096, int8=bits == 8)
+    weights = jax.tree.map(ref, whole_layer.weights_of(layer))
     arrays = unwritten(layer_gpu.outputs_of(sizes, jnp.bfloat16))
     states = [ref(state.conv_x[0]), ref(state.conv_bc.reshape(3, 256)), ref(state.ssm[0])]
     given = [ref(array) for array in (before.waits, before.hidden, before.pieces, before.squares, added)]

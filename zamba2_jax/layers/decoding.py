@@ -42,8 +42,9 @@ WIDE = Tiling(columns=128, depth=64, warps=4, stages=5)
 # Of weights that are cut along their depth.
 DEEP = Tiling(columns=64, depth=128, warps=4, stages=3)
 # Of integers, whichever.
-INTEGERS = Tiling(columns=64, depth=256, warps=4, stages=3)
-# Fewer strips of integers than this are cut in two: a strip takes half as long to read as one of other weights.
+INT8 = Tiling(columns=64, depth=256, warps=4, stages=3)
+INT4 = Tiling(columns=32, depth=128, warps=2, stages=4)
+# Fewer strips of int8 than this are cut in two: a strip takes half as long to read as one of other weights.
 _FEW_STRIPS = 200
 # Of an adapter, one tile deep: nothing to keep under way, so many small programs (4.3 us instead of 5.1).
 SHALLOW = Tiling(columns=32, depth=128, warps=4, stages=2)
@@ -61,7 +62,7 @@ def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
     if (reason := _products_obstacle(weights, rows, interpret)) is not None:
         return reason
-    out, norm_groups = _operand(mixer.out_proj), mixer.config.mamba_ngroups
+    out, norm_groups = operand(mixer.out_proj), mixer.config.mamba_ngroups
     if isinstance(out, Integers) and out.group and (out.shape[0] // norm_groups) % out.group:
         return "groups of int4 reach from one group of the mixer's norm into the next"
     return recurrence_obstacle(mixer, interpret)
@@ -97,9 +98,9 @@ def mamba_layer_step(
         normed = rows_gpu.rms_norm([[residual, *added]], norm.scale[...], eps=norm.eps, interpret=interpret)
     z, x, bc, dt, window_x, window_bc = products_gpu.mamba_projections(
         normed,
-        _operand(mixer.zx_proj),
-        _operand(mixer.bc_proj),
-        _operand(mixer.dt_proj),
+        operand(mixer.zx_proj),
+        operand(mixer.bc_proj),
+        operand(mixer.dt_proj),
         _convolution(mixer.conv_x, config.mamba_intermediate_size),
         _convolution(mixer.conv_bc, both),
         state.conv_x,
@@ -241,14 +242,14 @@ def shared_block_step(
     mlp = block.feed_forward
     gate_up, low = products_gpu.skinny_matmul(
         x,
-        [_operand(mlp.gate_up_proj), _operand(use.gate_up_adapter.down)],
+        [operand(mlp.gate_up_proj), operand(use.gate_up_adapter.down)],
         tiling=_tiling([mlp.gate_up_proj], WIDE),
         interpret=interpret,
     )
     x = products_gpu.gated_activation(
         gate_up,
         low,
-        _operand(use.gate_up_adapter.up),
+        operand(use.gate_up_adapter.up),
         activation=mlp.activation,
         tiling=SHALLOW,
         interpret=interpret,
@@ -269,12 +270,12 @@ def shared_attention_step(
     """A shared block's attention for one token, from its norm on, without the output projection."""
     rows = normed.shape[0]
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    weights = [_operand(projection) for projection in projections]
+    weights = [operand(projection) for projection in projections]
     up = None
     if use.q_adapter is not None:
         adapters = (use.q_adapter, use.k_adapter, use.v_adapter)
-        weights += [_operand(adapter.down) for adapter in adapters]
-        up = tuple(_operand(adapter.up) for adapter in adapters)
+        weights += [operand(adapter.down) for adapter in adapters]
+        up = tuple(operand(adapter.up) for adapter in adapters)
     tiling = _tiling(projections, WIDE)
     projected = products_gpu.skinny_matmul(normed, weights, tiling=tiling, interpret=interpret)
     query, key, value = attention_gpu.rotate_and_store(
@@ -315,7 +316,7 @@ def head_scores(
     """`embedding.attend` for one token."""
     if isinstance(embedding, QuantizedEmbed):
         weight = Integers(embedding.values[...], embedding.scale[...])
-        [scores] = products_gpu.skinny_matmul(hidden[:, 0], [weight], tiling=INTEGERS, interpret=interpret)
+        [scores] = products_gpu.skinny_matmul(hidden[:, 0], [weight], tiling=INT8, interpret=interpret)
     else:
         scores = products_gpu.head_matmul(hidden[:, 0], embedding.embedding[...], interpret=interpret)
     return scores[:, None]
@@ -331,15 +332,15 @@ def _deep_product(
     **finish: Any,
 ) -> tuple[Float[Array, "b n"], Float[Array, "b n"] | None]:
     """x W, W cut along its depth, what `rows_gpu.join` makes of the pieces with `finish`, and the norm of that."""
-    operand, tiling = _operand(weight), DEEP if isinstance(weight, Linear) else INTEGERS
-    splits = products_gpu.depth_splits(operand, tiling, groups)
-    pieces = products_gpu.split_matmul(x, operand, splits=splits, tiling=tiling, interpret=interpret)
+    matrix, tiling = operand(weight), _tiling([weight], DEEP, cut_along_depth=True)
+    splits = products_gpu.depth_splits(matrix, tiling, groups)
+    pieces = products_gpu.split_matmul(x, matrix, splits=splits, tiling=tiling, interpret=interpret)
     if norm is not None:
         finish |= {"scale": norm.scale[...], "eps": norm.eps}
     return rows_gpu.join(pieces, groups=groups, dtype=x.dtype, interpret=interpret, **finish)
 
 
-def _operand(weight: Matrix) -> Weight:
+def operand(weight: Matrix) -> Weight:
     """(in, out), as the kernels take it."""
     if isinstance(weight, QuantizedLinear):
         values, scale = weight.values[...], weight.scale[...]
@@ -348,18 +349,20 @@ def _operand(weight: Matrix) -> Weight:
     return weight.kernel[...].reshape(weight.shape[0], -1)
 
 
-def _tiling(weights: Sequence[Matrix], plain: Tiling) -> Tiling:
+def _tiling(weights: Sequence[Matrix], plain: Tiling, *, cut_along_depth: bool = False) -> Tiling:
     """For the weights of one launch; `plain` where they are no integers."""
     if isinstance(weights[0], Linear):
         return plain
+    if weights[0].bits == 4:
+        return INT4
     outputs = sum(math.prod(weight.shape[1:]) for weight in weights)
-    if outputs >= _FEW_STRIPS * INTEGERS.columns:
-        return INTEGERS
-    return dataclasses.replace(INTEGERS, columns=INTEGERS.columns // 2)
+    if cut_along_depth or outputs >= _FEW_STRIPS * INT8.columns:
+        return INT8
+    return dataclasses.replace(INT8, columns=INT8.columns // 2)
 
 
 def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) -> str | None:
-    groups = [weight.group for weight in map(_operand, weights) if isinstance(weight, Integers) and weight.group]
+    groups = [weight.group for weight in map(operand, weights) if isinstance(weight, Integers) and weight.group]
     if groups and min(groups) < products_gpu.SMALLEST_GROUP:
         return f"int4 in groups of {min(groups)}; it takes {products_gpu.SMALLEST_GROUP} and more"
     if any(weight.bias is not None for weight in weights):

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 
 from zamba2_jax.cache import KeyValue, MambaState
 from zamba2_jax.layers import decoding
-from zamba2_jax.layers.linear import Linear
+from zamba2_jax.layers.quantized import QuantizedLinear
 from zamba2_jax.ops._platform import compute_capability
 from zamba2_jax.ops.decode import rows_gpu
+from zamba2_jax.ops.decode.strips_gpu import Weight
 from zamba2_jax.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def _layer_obstacle(layer: MambaLayer, state: MambaState) -> str | None:
     from zamba2_jax.ops.decode import layer_gpu  # takes a fifth of a second to import
 
     mixer, config = layer.mamba, layer.mamba.config
-    if not isinstance(mixer.zx_proj, Linear):
-        return "weights are integers; it takes those of the compute dtype"
+    if isinstance(mixer.zx_proj, QuantizedLinear) and mixer.zx_proj.bits != 8:
+        return f"weights are int{mixer.zx_proj.bits}; it takes int8 and those of the compute dtype"
     if mixer.conv_x.bias is None or mixer.conv_bc.bias is None:
         return "the convolution has no bias"
     if state.conv_x.shape[1] != layer_gpu.TAPS:
@@ -101,15 +102,15 @@ def step(
     return stream, MambaState(window_x[None], window_bc.reshape(state.conv_bc.shape), ssm[None])
 
 
-def weights_of(layer: MambaLayer) -> dict[str, jax.Array]:
+def weights_of(layer: MambaLayer) -> dict[str, Weight]:
     """The layer's arrays by the names and in the shapes that `layer_gpu.mamba_layer` knows."""
     mixer, config = layer.mamba, layer.mamba.config
-    width, inner = config.hidden_size, config.mamba_intermediate_size
+    inner = config.mamba_intermediate_size
     both = 2 * config.mamba_ngroups * config.mamba_d_state
     return {
         "norm": layer.input_layernorm.scale[...],
-        "zx": mixer.zx_proj.kernel[...].reshape(width, -1),
-        "bc": mixer.bc_proj.kernel[...].reshape(width, -1),
+        "zx": decoding.operand(mixer.zx_proj),
+        "bc": decoding.operand(mixer.bc_proj),
         "dt": mixer.dt_proj.kernel[...],
         "kernel_x": mixer.conv_x.kernel[...].reshape(-1, inner),
         "bias_x": mixer.conv_x.bias[...].reshape(inner),
@@ -119,7 +120,7 @@ def weights_of(layer: MambaLayer) -> dict[str, jax.Array]:
         "A_log": mixer.A_log[...],
         "D": mixer.D[...],
         "gate_norm": mixer.norm.scale[...],
-        "out": mixer.out_proj.kernel[...],
+        "out": decoding.operand(mixer.out_proj),
     }
 
 
@@ -129,7 +130,9 @@ def shared_block_obstacle(block: SharedTransformerBlock, use: SharedBlockUse) ->
 
     if (reason := decoding.shared_block_obstacle(block, use, 1)) is not None:
         return reason
-    o_proj = block.self_attn.o_proj.kernel
+    o_proj = block.self_attn.o_proj
+    if isinstance(o_proj, QuantizedLinear):
+        return "weights are integers; it takes those of the compute dtype"
     inner, rank = block.feed_forward.down_proj.kernel.shape[0], use.gate_up_adapter.down.kernel.shape[1]
     return feed_forward_gpu.shape_obstacle(*o_proj.shape, inner, rank)
 

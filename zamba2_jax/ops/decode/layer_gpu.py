@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zamba2_jax.ops.decode import hopper
+from zamba2_jax.ops.quantized import Integers
 
 # Tiles that a multiprocessor's shared memory holds beside the rest.
 SLOTS = 8
@@ -88,7 +89,7 @@ def shape_obstacle(width: int, heads: int, headdim: int, state: int, groups: int
 def mamba_layer(
     before: Unsummed,
     added: jax.Array,
-    weights: dict[str, jax.Array],
+    weights: dict[str, jax.Array | Integers],
     window_x: jax.Array,
     window_bc: jax.Array,
     ssm: jax.Array,
@@ -104,13 +105,14 @@ def mamba_layer(
     Args:
       added: (d,), what joins the layer's input but not the stream.
       weights: norm (d,), zx (d, 2 E), bc (d, 2 N), dt (d, h), kernel_x (4, E), bias_x (E,), kernel_bc (4, 2 N),
-        bias_bc (2 N,), dt_bias, A_log, D (h,), gate_norm (E,), out (E, d).
+        bias_bc (2 N,), dt_bias, A_log, D (h,), gate_norm (E,), out (E, d). zx, bc and out may be of int8.
       window_x, window_bc: (3, E), (3, 2 N). ssm: (h, p, N) float32.
 
     Returns:
       The stream and the three states.
     """
-    sizes = sizes_of(weights["out"].shape[1], weights["out"].shape[0])
+    inner, width = weights["out"].shape
+    sizes = sizes_of(width, inner, int8=isinstance(weights["out"], Integers))
     outputs = {name: jax.ShapeDtypeStruct(*output) for name, output in outputs_of(sizes, before.hidden.dtype).items()}
     states = [jax.new_ref(array) for array in (window_x, window_bc, ssm)]
     waits = jax.new_ref(before.waits)
@@ -132,20 +134,32 @@ def mamba_layer(
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """Of a layer's work: `steps` tiles in a strip of the first product, `strips` of z and x, `depth` features of the
-    output projection for each program of one of its `pieces`."""
+    output projection for each program of one of its `pieces`, and `dt_parts` of that of the time steps."""
 
+    tiles: hopper.Tiles
     width: int
     inner: int
     steps: int
+    dt_parts: int
     strips: int
     programs: int
     pieces: int
     depth: int
 
 
-def sizes_of(width: int, inner: int) -> Sizes:
-    pieces = _pieces(width, inner)
-    return Sizes(width, inner, width // hopper.DEPTH, 2 * inner // hopper.COLUMNS, PROGRAMS, pieces, inner // pieces)
+def sizes_of(width: int, inner: int, *, int8: bool = False) -> Sizes:
+    pieces, tiles = _pieces(width, inner), hopper.Tiles(int8)
+    return Sizes(
+        tiles=tiles,
+        width=width,
+        inner=inner,
+        steps=width // tiles.depth,
+        dt_parts=width // hopper.DEPTH,
+        strips=2 * inner // hopper.COLUMNS,
+        programs=PROGRAMS,
+        pieces=pieces,
+        depth=inner // pieces,
+    )
 
 
 def outputs_of(sizes: Sizes, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -156,7 +170,7 @@ def outputs_of(sizes: Sizes, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any
         "squares": ((1,), jnp.float32),
         "waits": ((hopper.WAITS,), jnp.int32),
         "raw": ((sizes.programs * hopper.COLUMNS,), jnp.float32),
-        "dt": ((sizes.steps, HEADS), jnp.float32),
+        "dt": ((sizes.dt_parts, HEADS), jnp.float32),
         "gated": ((sizes.inner,), dtype),
         "squared": ((sizes.inner,), jnp.float32),
     }
@@ -169,8 +183,9 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
     wide = jnp.float32
     dtype = hidden_in.dtype
     of_out = sizes.width // hopper.COLUMNS
+    tiles = sizes.tiles
 
-    def scoped(x_tiles, w_tiles, bc, arrived):
+    def scoped(x_tiles, w_tiles, bc, arrived, *of_dt):
         x_memory = x_tiles.ref
 
         # The sum of the layer before and its norm, by every program. Loaded before the first tile is asked for.
@@ -182,20 +197,32 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
         def fetch(weight, tile, row, column):
             """The tile-th copy of this program, of the weight's rows and columns from here on."""
             slot = jax.lax.rem(tile, SLOTS)
-            rows, columns = pl.ds(row, hopper.DEPTH), pl.ds(column, hopper.COLUMNS)
-            plgpu.copy_gmem_to_smem(weight.at[rows, columns], w_tiles.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(tiles.source(weight, row, column), w_tiles.at[slot], arrived.at[slot])
 
         def fetch_first(tile):
             @pl.when(me < sizes.strips)
             def _():
-                fetch(weights["zx"], tile, tile * hopper.DEPTH, me * hopper.COLUMNS)
+                fetch(weights["zx"], tile, tile * tiles.depth, me * hopper.COLUMNS)
 
             @pl.when(me >= sizes.strips)
             def _():
-                fetch(weights["bc"], tile, tile * hopper.DEPTH, (me - sizes.strips) * hopper.COLUMNS)
+                fetch(weights["bc"], tile, tile * tiles.depth, (me - sizes.strips) * hopper.COLUMNS)
 
         for tile in range(SLOTS):
             fetch_first(jnp.int32(tile))
+        # The time steps' weight is one strip; the first programs take a tile of it each. It is of numbers: beside tiles
+        # of int8 it has its place, and its operand, to itself.
+        has_dt = (me < sizes.dt_parts).astype(jnp.int32)
+        behind = 0 if tiles.int8 else has_dt
+        if tiles.int8:
+            x_of_dt, dt_tile, dt_arrived = of_dt
+
+            @pl.when(has_dt == 1)
+            def _():
+                tile = weights["dt"].at[pl.ds(me * hopper.DEPTH, hopper.DEPTH), pl.ds(0, hopper.COLUMNS)]
+                plgpu.copy_gmem_to_smem(tile, dt_tile.at[0], dt_arrived.at[0])
+                x_of_dt.ref[...] = jnp.zeros(x_of_dt.ref.shape, dtype)
+
         # Of the operand's rows the first alone is someone's.
         x_memory[...] = jnp.zeros(x_memory.shape, dtype)
         hopper.barrier()  # another thread writes the first
@@ -204,7 +231,10 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
         stream = (stream * factor).astype(dtype) + hidden
         total = (stream + added).astype(wide)
         mean = jnp.sum(total * total) / sizes.width
-        hopper.store_operand(x_memory, (total * jax.lax.rsqrt(mean + eps) * scale.astype(wide)).astype(dtype))
+        normed = (total * jax.lax.rsqrt(mean + eps) * scale.astype(wide)).astype(dtype)
+        hopper.store_operand(x_memory, normed, int8=tiles.int8)
+        if tiles.int8:
+            pl.when(has_dt == 1)(lambda: hopper.store_operand(x_of_dt.ref, normed))
         plgpu.commit_smem()
 
         # What the state's phase needs from far, behind the tiles: it is there before they are used up.
@@ -217,14 +247,20 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
         bias_bc = _pair(weights["bias_bc"])
         dt_bias, A_log, D = (weights[name][head].astype(wide) for name in ("dt_bias", "A_log", "D"))
 
+        out_piece, out_strip = me // of_out, jax.lax.rem(me, of_out)
+        if tiles.int8:
+            of_zx, of_bc = jnp.minimum(me, sizes.strips - 1), jnp.maximum(me - sizes.strips, 0)
+            scales = [
+                _row(weights[name].scale.at[pl.ds(strip * hopper.COLUMNS, hopper.COLUMNS)])
+                for name, strip in (("zx", of_zx), ("bc", of_bc), ("out", out_strip))
+            ]
+            is_zx = (me < sizes.strips).astype(wide)
+            scale_in, scale_out = is_zx * scales[0] + (1.0 - is_zx) * scales[1], scales[2]
+
         def multiply(total, tile, x_tile):
             slot = jax.lax.rem(tile, SLOTS)
             plgpu.barrier_wait(arrived.at[slot])
-            operand = x_tiles.at[:, pl.ds(x_tile * hopper.DEPTH, hopper.DEPTH)]
-            plgpu.wgmma(total, hopper.turned(w_tiles.at[slot]), hopper.turned(operand))
-
-        # The time steps' weight is one strip; the first programs take a tile of it each.
-        has_dt = (me < sizes.steps).astype(jnp.int32)
+            tiles.multiply(total, w_tiles, slot, x_tiles, x_tile)
 
         def project(total):
             def turn(tile, carry):
@@ -232,7 +268,7 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
                 plgpu.wgmma_wait(0)
                 following = tile + SLOTS
 
-                @pl.when(following < sizes.steps + has_dt)
+                @pl.when(following < sizes.steps + behind)
                 def _():
                     hopper.barrier()  # all warps have read the slot
 
@@ -240,23 +276,35 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
                     def _():
                         fetch_first(following)
 
-                    @pl.when(following >= sizes.steps)
-                    def _():
-                        fetch(weights["dt"], following, me * hopper.DEPTH, 0)
+                    if not tiles.int8:
+
+                        @pl.when(following >= sizes.steps)
+                        def _():
+                            fetch(weights["dt"], following, me * hopper.DEPTH, 0)
 
                 return carry
 
             jax.lax.fori_loop(0, sizes.steps, turn, jnp.int32(0))
 
-        out["raw"][pl.ds(me * hopper.COLUMNS, hopper.COLUMNS)] = hopper.product(project).astype(dtype).astype(wide)
+        projected = hopper.product(project)
+        if tiles.int8:
+            projected = projected * scale_in
+        out["raw"][pl.ds(me * hopper.COLUMNS, hopper.COLUMNS)] = projected.astype(dtype).astype(wide)
+
+        def project_dt(total):
+            if tiles.int8:
+                plgpu.barrier_wait(dt_arrived.at[0])
+                hopper.Tiles(int8=False).multiply(total, dt_tile, 0, x_of_dt, me)
+            else:
+                multiply(total, jnp.int32(sizes.steps), me)
 
         @pl.when(has_dt == 1)
         def _():
-            out["dt"][me, :] = hopper.product(lambda total: multiply(total, jnp.int32(sizes.steps), me))
+            out["dt"][me, :] = hopper.product(project_dt)
 
         hopper.arrive(waits.at[0])
-        out_steps = sizes.depth // hopper.DEPTH
-        piece, strip = me // of_out, jax.lax.rem(me, of_out)
+        out_steps = sizes.depth // tiles.depth
+        during_wait, during_state = (min(count, out_steps) for count in (DURING_WAIT, DURING_STATE))
 
         def fetch_out(first, last):
             @pl.when(me < sizes.strips)
@@ -264,25 +312,25 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
                 for index in range(first, last):
                     fetch(
                         weights["out"],
-                        sizes.steps + has_dt + index,
-                        piece * sizes.depth + index * hopper.DEPTH,
-                        strip * hopper.COLUMNS,
+                        sizes.steps + behind + index,
+                        out_piece * sizes.depth + index * tiles.depth,
+                        out_strip * hopper.COLUMNS,
                     )
 
-        fetch_out(0, DURING_WAIT)
+        fetch_out(0, during_wait)
         hopper.wait(waits.at[0], sizes.programs)
 
         @pl.when(me >= HEADS)
         def _():
-            fetch_out(DURING_WAIT, DURING_STATE)
+            fetch_out(during_wait, during_state)
 
         @pl.when(me < HEADS)
         def _():
             x_now = _row(out["raw"].at[pl.ds(sizes.inner + me * HEADDIM, HEADDIM)])
             z = _row(out["raw"].at[channels])
             bc_now = _pair(out["raw"].at[pl.ds(2 * sizes.inner, 2 * STATE)])
-            dt_parts = [out["dt"][part, me] for part in range(sizes.steps)]
-            fetch_out(DURING_WAIT, DURING_STATE)
+            dt_parts = [out["dt"][part, me] for part in range(sizes.dt_parts)]
+            fetch_out(during_wait, during_state)
             bc[...] = _convolved(taps_bc, bc_now, kernel_bc, bias_bc).astype(dtype).astype(wide)
             plgpu.commit_smem()
             value = _convolved(taps_x, x_now, kernel_x, bias_x).astype(dtype).astype(wide)
@@ -303,22 +351,25 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
                 window_x[tap, channels] = moved
 
         hopper.arrive(waits.at[1])
-        fetch_out(DURING_STATE, out_steps)
+        fetch_out(during_state, out_steps)
         hopper.wait(waits.at[1], sizes.programs)
 
         @pl.when(me < sizes.strips)
         def _():
             gated = plgpu.load(
-                out["gated"].at[pl.ds(piece * sizes.depth, sizes.depth)], layout=hopper.vector(sizes.depth)
+                out["gated"].at[pl.ds(out_piece * sizes.depth, sizes.depth)], layout=hopper.vector(sizes.depth)
             )
-            hopper.store_operand(x_memory, gated)
+            hopper.store_operand(x_memory, gated, int8=tiles.int8)
             plgpu.commit_smem()
 
             def project_out(total):
                 for index in range(out_steps):
-                    multiply(total, sizes.steps + has_dt + index, index)
+                    multiply(total, sizes.steps + behind + index, index)
 
-            out["pieces"][piece, pl.ds(strip * hopper.COLUMNS, hopper.COLUMNS)] = hopper.product(project_out)
+            projected = hopper.product(project_out)
+            if tiles.int8:
+                projected = projected * scale_out
+            out["pieces"][out_piece, pl.ds(out_strip * hopper.COLUMNS, hopper.COLUMNS)] = projected
 
         # The programs of B and C have no part in that.
         @pl.when(me == sizes.strips)
@@ -337,12 +388,17 @@ def _program(sizes, names, eps, gate_eps, limit, waits, hidden_in, pieces_in, sq
             for place in range(hopper.WAITS):
                 out["waits"][place] = jnp.int32(0)
 
+    of_dt = []
+    if tiles.int8:
+        operand = plgpu.SMEM((8, sizes.width), dtype, transforms=hopper.TILED)
+        of_dt = [operand, hopper.Tiles(int8=False).memory(1, dtype), plgpu.Barrier(num_barriers=1)]
     pl.run_scoped(
         scoped,
         plgpu.SMEM((8, sizes.width), dtype, transforms=hopper.TILED),
-        plgpu.SMEM((SLOTS, hopper.DEPTH, hopper.COLUMNS), dtype, transforms=hopper.TILED),
+        tiles.memory(SLOTS, dtype),
         plgpu.SMEM((2 * STATE,), wide),
         plgpu.Barrier(num_barriers=SLOTS),
+        *of_dt,
     )
 
 

@@ -138,6 +138,8 @@ def _of_int4(x, weight, first, tiling, start, size, interpret):
 
 
 def _turns(count: int, add: Callable[[Any, jax.Array], jax.Array], tiling: Tiling) -> jax.Array:
+    # All programs begin with the same features. Beginning with others each, they read x from more slices of the L2 at a
+    # time, and took longer: rows of the memory are then opened more often.
     return jax.lax.fori_loop(0, count, add, jnp.zeros((ROWS, tiling.columns), jnp.float32))
 
 
@@ -145,8 +147,8 @@ def _features(x: Ref, turn: Any, depth: int, start: Any, size: int) -> tuple[jax
     """The turn-th `depth` features of `size` from `start` on, (ROWS, depth) with zeros where there are none, and their
     places in x, (depth,)."""
     row, offset = jnp.arange(ROWS, dtype=jnp.int32), turn * depth + jnp.arange(depth, dtype=jnp.int32)
-    # Zeros are written, not read: all programs read the same features at the same time, which few slices of the L2
-    # hold, and copies of a row in the place of zeros kept these busy for longer than the weights took.
+    # Zeros are written, not read: copies of a row in their place, read by every program, kept the L2 busy for longer
+    # than the weights took.
     taken = jnp.broadcast_to((row < x.shape[0])[:, None], (ROWS, depth))
     if size % depth:
         taken &= (offset < size)[None, :]
