@@ -76,10 +76,11 @@ def nibbles(packed: jax.Array, *, high: bool, dtype: jax.typing.DTypeLike, inter
         return ((packed >> 4 if high else packed & 15).astype(jnp.int8) - 8).astype(dtype)
     shift = "shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;" if high else "and.b32 t, $2, 0x0F0F0F0F;"
     [result] = plgpu.elementwise_inline_asm(
-        "{ .reg .b32 t, less; mov.b32 less, 0xC308C308;"  # -136, twice
+        "{ .reg .b32 t, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308;"  # 1 and -136, twice
         + shift
         + " prmt.b32 $0, t, 0x43434343, 0x4140; prmt.b32 $1, t, 0x43434343, 0x4342;"
-        " add.rn.bf16x2 $0, $0, less; add.rn.bf16x2 $1, $1, less; }",
+        # Of two bfloat16 at once, GPUs before Hopper have no sum, but this.
+        " fma.rn.bf16x2 $0, $0, one, less; fma.rn.bf16x2 $1, $1, one, less; }",
         args=[packed],
         constraints="=r,=r,r",
         pack=4,
