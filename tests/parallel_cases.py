@@ -347,9 +347,9 @@ class TestLora:
         config = CONFIG.replace(num_hidden_layers=2, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1)
         text, rest = self.compare(quantize(Zamba2ForCausalLM(config, rngs=nnx.Rngs(0)), "int4"))
         values = rest["model"]["layers"][0]["mamba"]["zx_proj"]["values"].get_value()
-        assert values.shape == (16, 2, 64)
-        assert values.sharding.shard_shape(values.shape) == (4, 2, 32)
-        assert set(re.findall(r"= (\w+)\[16,2,32\]\S* all-gather", text)) == {"u8"}
+        assert values.shape == (2, 64, 16)
+        assert values.sharding.shard_shape(values.shape) == (2, 32, 4)
+        assert set(re.findall(r"= (\w+)\[2,32,16\]\S* all-gather", text)) == {"u8"}
 
     def compare(self, model):
         """Returns the text of the mesh's program, and the model without its LoRAs as the mesh holds it."""

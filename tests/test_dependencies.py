@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-OURS = {"zamba2_jax", "convert", "train", "bench", "tests"}
+OURS = {"zamba2_jax", "convert", "train", "bench", "tests", "tools"}
 # Part -> the extras that it needs. PyTorch is in none (pyproject.toml says why): what needs it says so by itself.
 PARTS = {
     "zamba2_jax": ["eval"],

@@ -362,6 +362,8 @@ def _tiling(weights: Sequence[Matrix], plain: Tiling, *, cut_along_depth: bool =
 
 
 def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) -> str | None:
+    if others := {type(weight) for weight in weights} - {Linear, QuantizedLinear}:
+        return f"a weight is a {others.pop().__name__}; it takes Linear and QuantizedLinear"
     groups = [weight.group for weight in map(operand, weights) if isinstance(weight, Integers) and weight.group]
     if groups and min(groups) < products_gpu.SMALLEST_GROUP:
         return f"int4 in groups of {min(groups)}; it takes {products_gpu.SMALLEST_GROUP} and more"
