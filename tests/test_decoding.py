@@ -224,6 +224,9 @@ class TestObstacles:
         narrow = Zamba2Config(**SIZES | {"hidden_size": 48, "mamba_ngroups": 2})
         four = quantize(Zamba2ForCausalLM(narrow, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "int4").model
         assert "groups of 16" in decoding.mamba_obstacle(four.layers[0], 1, interpret=INTERPRET)
+        thirds = Zamba2Config(**SIZES | {"n_mamba_heads": 6, "mamba_expand": 3, "mamba_ngroups": 2})
+        four = quantize(Zamba2ForCausalLM(thirds, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "int4").model
+        assert "groups of int4 reach" in decoding.mamba_obstacle(four.layers[0], 1, interpret=INTERPRET)
         half, _ = make("1.2B", dtype=jnp.float16)
         assert "float16" in decoding.mamba_obstacle(half.model.layers[0], 1, interpret=INTERPRET)
 

@@ -199,6 +199,9 @@ def test_obstacles(monkeypatch):
     monkeypatch.setattr(whole_layer, "compute_capability", lambda: 9.0)
     assert "4 heads of 32" in whole_layer.obstacle(layer, layout(), state)
     assert "weights are int4" in whole_layer.obstacle(quantize(model, "int4").model.layers[0], layout(), state)
+    mixed = quantize(model, "int8").model.layers[0]
+    mixed.mamba.bc_proj = layer.mamba.bc_proj
+    assert "some weights are integers" in whole_layer.obstacle(mixed, layout(), state)
     half = dataclasses.replace(state, ssm=state.ssm.astype(jnp.bfloat16))
     assert "bfloat16, bfloat16, bfloat16" in whole_layer.obstacle(layer, layout(), half)
 

@@ -9,7 +9,8 @@ This is our own scheme and not qwix's. qwix (0.1.8) quantises an NNX model by ru
 JAX's functions replaced, and runs every later call so. It has products, but no look-up in a quantised embedding,
 which a tied head needs; its int4 weights are `jnp.int4`, which takes a byte each on CPUs; and how a product widens
 its integers, on which a decode step's speed hangs, would be another package's affair. What we write instead are
-two roundings and two products (`zamba2_jax/ops/quantized.py`, `zamba2_jax/ops/quantized_products.py`).
+two roundings and two products (`zamba2_jax/ops/quantized.py`, `zamba2_jax/ops/quantized_products.py`), and decode
+kernels that read the same integers (`zamba2_jax/ops/decode/`).
 
 The integers and their scales are constants. Gradients pass through them, to LoRAs beside them (`zamba2_jax.lora`, arXiv
 2305.14314) and to what is not quantised.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Matrix = Linear | QuantizedLinear
 
-# Measured on an H200, for 1 row and for 8, of the 1.2B and the 7B shape.
+# Single products measured on an H200, of the 1.2B and the 7B shape: one row, and with int8 eight.
 TILING = Tiling()
 # Of weights that are large together.
 WIDE = Tiling(columns=128, depth=64, warps=4, stages=5)
@@ -62,8 +62,8 @@ def mamba_obstacle(layer: MambaLayer, rows: int, interpret: bool = False) -> str
     weights = (mixer.zx_proj, mixer.bc_proj, mixer.dt_proj, mixer.out_proj)
     if (reason := _products_obstacle(weights, rows, interpret)) is not None:
         return reason
-    out, norm_groups = operand(mixer.out_proj), mixer.config.mamba_ngroups
-    if isinstance(out, Integers) and out.group and (out.shape[0] // norm_groups) % out.group:
+    group = _group(mixer.out_proj)
+    if group is not None and (mixer.out_proj.shape[0] // mixer.config.mamba_ngroups) % group:
         return "groups of int4 reach from one group of the mixer's norm into the next"
     return recurrence_obstacle(mixer, interpret)
 
@@ -303,6 +303,8 @@ def shared_attention_step(
 
 def head_obstacle(embedding: Embed | QuantizedEmbed, rows: int, interpret: bool = False) -> str | None:
     """Why `head_scores` cannot serve, or None where it can."""
+    if type(embedding) not in (Embed, QuantizedEmbed):
+        return f"the embedding is a {type(embedding).__name__}"
     integers = isinstance(embedding, QuantizedEmbed)
     most = products_gpu.MAX_ROWS if integers else products_gpu.MAX_HEAD_ROWS
     if rows > most:
@@ -361,10 +363,14 @@ def _tiling(weights: Sequence[Matrix], plain: Tiling, *, cut_along_depth: bool =
     return dataclasses.replace(INT8, columns=INT8.columns // 2)
 
 
+def _group(weight: Matrix) -> int | None:
+    return weight.group if isinstance(weight, QuantizedLinear) else None
+
+
 def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) -> str | None:
     if others := {type(weight) for weight in weights} - {Linear, QuantizedLinear}:
         return f"a weight is a {others.pop().__name__}; it takes Linear and QuantizedLinear"
-    groups = [weight.group for weight in map(operand, weights) if isinstance(weight, Integers) and weight.group]
+    groups = [group for group in map(_group, weights) if group is not None]
     if groups and min(groups) < products_gpu.SMALLEST_GROUP:
         return f"int4 in groups of {min(groups)}; it takes {products_gpu.SMALLEST_GROUP} and more"
     if any(weight.bias is not None for weight in weights):

@@ -51,6 +51,11 @@ class QuantizedLinear(nnx.Module):
         return (stored * (8 // self.bits), *out)
 
     @property
+    def group(self) -> int | None:
+        """Inputs that share a scale, of int4; None for int8."""
+        return None if self.bits == 8 else self.shape[0] // self.scale.shape[-1]
+
+    @property
     def axes(self) -> Axes:
         """The logical names of that matrix's dimensions."""
         *out, summed = self.values.get_metadata("out_sharding")

@@ -52,8 +52,11 @@ def _layer_obstacle(layer: MambaLayer, state: MambaState) -> str | None:
     from zamba2_jax.ops.decode import layer_gpu  # takes a fifth of a second to import
 
     mixer, config = layer.mamba, layer.mamba.config
-    if isinstance(mixer.zx_proj, QuantizedLinear) and mixer.zx_proj.bits != 8:
-        return f"weights are int{mixer.zx_proj.bits}; it takes int8 and those of the compute dtype"
+    kinds = {getattr(weight, "bits", None) for weight in (mixer.zx_proj, mixer.bc_proj, mixer.out_proj)}
+    if 4 in kinds:
+        return "weights are int4; it takes int8 and those of the compute dtype"
+    if len(kinds) > 1 or isinstance(mixer.dt_proj, QuantizedLinear):
+        return "some weights are integers; it takes all projections but the time steps', or none"
     if mixer.conv_x.bias is None or mixer.conv_bc.bias is None:
         return "the convolution has no bias"
     if state.conv_x.shape[1] != layer_gpu.TAPS:
@@ -130,10 +133,10 @@ def shared_block_obstacle(block: SharedTransformerBlock, use: SharedBlockUse) ->
 
     if (reason := decoding.shared_block_obstacle(block, use, 1)) is not None:
         return reason
-    o_proj = block.self_attn.o_proj
-    if isinstance(o_proj, QuantizedLinear):
+    o_proj, mlp = block.self_attn.o_proj, block.feed_forward
+    if any(isinstance(weight, QuantizedLinear) for weight in (o_proj, mlp.gate_up_proj, mlp.down_proj, use.linear)):
         return "weights are integers; it takes those of the compute dtype"
-    inner, rank = block.feed_forward.down_proj.kernel.shape[0], use.gate_up_adapter.down.kernel.shape[1]
+    inner, rank = mlp.down_proj.shape[0], use.gate_up_adapter.down.kernel.shape[1]
     return feed_forward_gpu.shape_obstacle(*o_proj.shape, inner, rank)
 
 

@@ -54,7 +54,7 @@ def dot_int8(
       axes: logical names of values' dimensions. What devices store in parts is then gathered for the product, and once
         more for its gradient; None leaves it to the partitioner.
       implementation: "fused" leaves it to XLA to widen the integers inside the product, as its TPU and GPU compilers
-        do; its CPU compiler would make a copy of the matrix. "blocked", for that one, widens some rows at a time, to
+        do; its CPU compiler would make a copy of the matrix. "blocked", for that one, widens some outputs at a time, to
         float32, and multiplies in float32 too. None chooses by platform.
       block: how many integers "blocked" widens at a time, or a few more.
 
@@ -189,7 +189,10 @@ def _dot(x: jax.Array, x_axes: tuple[int, ...], matrix: jax.Array, axes: tuple[i
 def _by_blocks(
     contract: Callable[..., jax.Array], x: jax.Array, values: jax.Array, scale: jax.Array, block: int
 ) -> jax.Array:
-    """`contract` with the widened matrix, some of its outputs at a time."""
+    """`contract` with the widened matrix, some of its outputs at a time.
+
+    Outputs that devices hold in parts are gathered for it, as integers: the partitioner follows no slice of them.
+    """
     out = values.shape[:-1]
     over_inputs = contract is _sum_over_inputs
     count, stored = math.prod(out), values.shape[-1]
