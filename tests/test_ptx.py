@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from tools.ptx import Kernel
+from zamba2_jax.ops import gpu_arithmetic
+from zamba2_jax.ops.decode import hopper
 
 HEAD = """
 .version 8.7
@@ -54,19 +56,31 @@ def test_a_loop_of_some_threads():
     assert (result[~written] == 7).all()
 
 
-def test_bytes_become_bfloat16():
-    """Four int8 to a word; the two lower ones, in assembly with registers of its own."""
-    body = """
-        ld.global.b32 %r4, [%rd4];
-        {
-        .reg .b32 a, b;
-        prmt.b32 a, %r4, 0, 0x4140; lop3.b32 b, a, 0x7F007F, 0x43004300, 0xEA;
-        lop3.b32 a, a, 0x800080, 0xC300C300, 0xEA; add.rn.bf16x2 %r9, a, b;
-        }
-    """
-    numbers = np.random.default_rng(1).integers(-128, 128, (64, 4)).astype(np.int8)
-    result = run(body, numbers.view(np.uint32)[:, 0].copy(), np.uint32)
-    np.testing.assert_array_equal(result.view(jnp.bfloat16).reshape(64, 2).astype(np.float32), numbers[:, :2])
+def pairs(assembly, words):
+    """What the kernels' own assembly makes of words: its two results, two bfloat16 each."""
+    results = []
+    for number in range(2):
+        code = assembly.replace(f"${number}", "%r9").replace(f"${1 - number}", "%r8").replace("$2", "%r4")
+        results.append(run(f"ld.global.b32 %r4, [%rd4]; {code}", words, np.uint32).view(jnp.bfloat16).reshape(-1, 2))
+    return np.concatenate(results, axis=1).astype(np.float32)
+
+
+def test_int8_become_bfloat16():
+    """Every int8, by what the whole-layer kernel has for it."""
+    numbers = np.arange(-128, 128).astype(np.int8).reshape(64, 4)
+    np.testing.assert_array_equal(pairs(hopper.WIDEN_FOUR, numbers.view(np.uint32)[:, 0].copy()), numbers)
+
+
+@pytest.mark.parametrize("high", [False, True])
+def test_int4_become_bfloat16(high, monkeypatch):
+    """Every byte, by what the products have for it, beside the form for the interpreter."""
+    given = []
+    monkeypatch.setattr(gpu_arithmetic.plgpu, "elementwise_inline_asm", lambda code, **_: given.append(code) or [None])
+    numbers = np.arange(256).astype(np.uint8).reshape(64, 4)
+    gpu_arithmetic.nibbles(numbers, high=high, dtype=jnp.bfloat16, interpret=False)
+    wanted = gpu_arithmetic.nibbles(jnp.asarray(numbers), high=high, dtype=jnp.float32, interpret=True)
+    np.testing.assert_array_equal(wanted, (numbers >> 4 if high else numbers & 15).astype(np.float32) - 8)
+    np.testing.assert_array_equal(pairs(given[0], numbers.view(np.uint32)[:, 0].copy()), wanted)
 
 
 def test_what_it_has_not_is_named():

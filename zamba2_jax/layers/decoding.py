@@ -377,8 +377,7 @@ def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) ->
         return "the projections have biases"
     if rows > products_gpu.MAX_ROWS:
         return f"there are {rows} rows; its products take up to {products_gpu.MAX_ROWS}"
-    arrays = [weight.values if isinstance(weight, QuantizedLinear) else weight.kernel for weight in weights]
-    return _arrays_obstacle(arrays, weights[0].dtype, interpret)
+    return _arrays_obstacle([weight.stored for weight in weights], weights[0].dtype, interpret)
 
 
 def _arrays_obstacle(arrays: Sequence[nnx.Variable], dtype: jnp.dtype, interpret: bool) -> str | None:

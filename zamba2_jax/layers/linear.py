@@ -57,6 +57,11 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     @property
+    def stored(self) -> nnx.Variable:
+        """The numbers of W, as they are kept."""
+        return self.kernel
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(in, *out)."""
         return self.kernel.shape

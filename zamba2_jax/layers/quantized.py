@@ -45,6 +45,11 @@ class QuantizedLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
     @property
+    def stored(self) -> QuantizedWeight:
+        """The numbers of W, as they are kept."""
+        return self.values
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(in, *out) of the matrix that the integers stand for."""
         *out, stored = self.values.shape

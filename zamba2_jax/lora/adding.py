@@ -102,7 +102,7 @@ def attach(
     projections = [at(model, path) for path in site.projections]
     axes = [projection.axes for projection in projections]
     down_axes, up_axes = (axes[0][0], "adapter_rank"), [("adapter_rank", *names[1:]) for names in axes]
-    like = jax.tree.leaves(nnx.state(projections[0]))[0]
+    like = projections[0].stored.get_value()
     lora = Lora(
         _placed(down, down_axes, like),
         [_placed(array, names, like) for array, names in zip(up, up_axes, strict=True)],

@@ -169,15 +169,21 @@ def widened(tiles: Any, slot: Any, half: int) -> jax.Array:
     return widen(tiles.ref.at[slot])
 
 
+# Four int8 as two pairs of bfloat16. Seven bits under the exponent of 128 are 128 more than they say; the sign makes
+# -256 of the -128 that is to be added.
+WIDEN_FOUR = (
+    "{ .reg .b32 a, b; "
+    "prmt.b32 a, $2, 0, 0x4140; lop3.b32 b, a, 0x7F007F, 0x43004300, 0xEA; "
+    "lop3.b32 a, a, 0x800080, 0xC300C300, 0xEA; add.rn.bf16x2 $0, a, b; "
+    "prmt.b32 a, $2, 0, 0x4342; lop3.b32 b, a, 0x7F007F, 0x43004300, 0xEA; "
+    "lop3.b32 a, a, 0x800080, 0xC300C300, 0xEA; add.rn.bf16x2 $1, a, b; }"
+)
+
+
 def _widen_four(word: ir.Value) -> list[ir.Value]:
-    """Four int8 as two pairs of bfloat16. Seven bits under the exponent of 128 are 128 more than they say; the sign
-    makes -256 of the -128 that is to be added."""
     i32 = ir.IntegerType.get_signless(32)
-    widen = "prmt.b32 a, $2, 0, {bytes}; lop3.b32 b, a, 0x7F007F, 0x43004300, 0xEA; "
-    widen += "lop3.b32 a, a, 0x800080, 0xC300C300, 0xEA; add.rn.bf16x2 {result}, a, b;"
-    halves = widen.format(bytes="0x4140", result="$0") + widen.format(bytes="0x4342", result="$1")
     pair = ir.Type.parse("!llvm.struct<(i32, i32)>")
-    result = llvm.inline_asm(pair, [word], "{ .reg .b32 a, b; " + halves + " }", "=r,=r,r")
+    result = llvm.inline_asm(pair, [word], WIDEN_FOUR, "=r,=r,r")
     numbers = ir.VectorType.get((2,), ir.BF16Type.get())
     return [llvm.bitcast(numbers, llvm.extractvalue(i32, result, [index])) for index in range(2)]
 
