@@ -12,6 +12,7 @@ from bench.oracle import relative_error, tokens
 from zamba2_jax import Zamba2Config, Zamba2ForCausalLM, Zamba2ForSequenceClassification, Zamba2Model
 from zamba2_jax.config import block_types
 from zamba2_jax.generation.programs import Structure
+from zamba2_jax.layers import mamba2
 
 LENGTH = 24
 
@@ -88,8 +89,8 @@ def test_mixed_precision_scans_what_it_would_have_cast(ids):
     assert f"tensor<{stacked_matrix}f32>" not in text
 
 
-def residual_bytes(ids, policy, scan=False):
-    graphdef, params = split(policy, scan)
+def residual_bytes(ids, policy, scan=False, layers=6):
+    graphdef, params = split(policy, scan, layers)
     backward = jax.eval_shape(lambda params: jax.vjp(functools.partial(loss, graphdef, ids), params)[1], params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
@@ -100,13 +101,51 @@ def test_policies_keep_less(scan):
     everything, projections, attention, layer = (
         residual_bytes(ids, policy, scan) for policy in ("none", "projections", "attention", "layer")
     )
+    # Of the last layer all is kept, unless it is scanned with the others: what a layer more without a policy keeps.
+    last = 0 if scan else residual_bytes(ids, "none", layers=7) - residual_bytes(ids, "none", layers=6)
+    projections, attention, layer = projections - last, attention - last, layer - last
     assert projections < 0.5 * everything
     assert layer < attention < layer + 0.5 * (projections - layer)
-    assert layer < 0.25 * projections
-    # A layer's input; the shared blocks' results; the embedding, the last norm's input and what the loss keeps.
+    # A layer's input; of the shared blocks what attention, MLP and matrix result in; the embedding, the last norm's
+    # input and what the loss keeps.
     stream = ids.size * 32 * 4
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split()[1]))
-    assert layer < (6 + 2 * 2 + 6) * stream + 2 * parameters
+    assert layer < (6 + 2 * 4 + 6) * stream + 2 * parameters
+    assert layer - 4 * stream < 0.25 * projections  # those of attention and MLP are there with either
+
+
+@pytest.mark.parametrize(("policy", "last"), [("none", False), ("attention", True)])
+def test_layers_know_whether_they_run_again(monkeypatch, ids, policy, last):
+    """What a recurrence that does leaves to its backward pass may be large: its chunks' states. The last layer does not
+    run again, unless it is scanned with others."""
+    told, real = [], mamba2.ssd
+
+    def ssd(*arguments, keep_states, **options):
+        told.append(keep_states)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(mamba2, "ssd", ssd)
+    for scan in (False, True):
+        graphdef, params = split(policy, scan)
+        jax.eval_shape(functools.partial(loss, graphdef, ids), params)
+        if scan:
+            assert set(told) == {last}
+        else:
+            assert told == [policy != "none"] * 5 + [False]
+        told.clear()
+
+
+def test_products_into_the_stream_are_not_made_again(ids):
+    """Those that lead out of a mamba layer, of attention and of an MLP: rematerialisation cuts after each. The wide
+    ones, such as gate_up_proj's, are."""
+
+    def products(policy, width):
+        graphdef, params = split(policy)
+        program = jax.make_jaxpr(jax.grad(functools.partial(loss, graphdef, ids)))(params)
+        return str(program).count(f"f32[2,{LENGTH},{width}] = dot_general")
+
+    assert products("layer", "32") == products("none", "32")
+    assert products("layer", "2,128") == products("none", "2,128") + 4  # of two uses, and their adapters
 
 
 def test_what_cudnn_attention_gives_is_kept(monkeypatch):

@@ -57,8 +57,10 @@ class Execution:
     """How a model runs its layers. Hashable: a split model serves as a static argument.
 
     Attributes:
-        checkpoint: a name of `CHECKPOINT_POLICIES`: what of a layer is kept for the backward pass. A shared block's use
-            and a mamba layer count as one each.
+        checkpoint: a name of `CHECKPOINT_POLICIES`: what of a layer is kept for the backward pass beside its input. A
+            mamba layer counts as one, and so do a shared block's attention and its MLP: their inputs are narrow, and
+            what leads from one to the other need not be made again. Of the last layer all is kept, unless layers are
+            scanned: its backward pass comes first, when nothing else of the kind is there.
         scan: whether one compiled body serves all equal layers, whose arrays are stacked first.
     """
 
@@ -139,6 +141,7 @@ class LayerStack:
             return self._steps(hidden, past)
         remember = _checkpoint(execution.checkpoint)
         trail = Trail()
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             output = None
             if index in self._use_of_layer:
@@ -147,7 +150,8 @@ class LayerStack:
                 output, left = self._apply_use(remember, self._block_of(j), self.uses[j], hidden, *use)
                 trail.add_use(left)
             of_layer = (past.mamba[index], past.mamba_dropout_keys[index])
-            hidden, left = self._apply_layer(remember, layer, hidden, *of_layer, output)
+            of_layer = (remember if index < last else _all_kept, layer, hidden, *of_layer)
+            hidden, left = self._apply_layer(*of_layer, output)
             trail.add_layer(left)
         return hidden, trail
 
@@ -230,16 +234,15 @@ class LayerStack:
         return self.blocks[use % len(self.blocks)]
 
     def _apply_use(self, remember, block, use, hidden, key_value, dropout_key):
-        def apply(hidden, embedded, key_value):
-            context = dataclasses.replace(self.context, dropout_key=dropout_key)
-            return block(hidden, embedded, use, context, key_value)
-
-        output, *left = remember(apply)(hidden, self.embedded, key_value)
+        context = dataclasses.replace(self.context, dropout_key=dropout_key)
+        output, *left = block(hidden, self.embedded, use, context, key_value, remember)
         return output, tuple(left)
 
     def _apply_layer(self, remember, layer, hidden, state, dropout_key, transformer_output=None):
+        layout = dataclasses.replace(self.layout, recomputed=remember is not _all_kept)
+
         def apply(hidden, state, transformer_output):
-            return layer(hidden, self.layout, state, transformer_output, dropout_key)
+            return layer(hidden, layout, state, transformer_output, dropout_key)
 
         before = hidden if self.keep_inputs else None
         hidden, state = remember(apply)(hidden, state, transformer_output)
@@ -354,10 +357,14 @@ def _narrowed(variable: nnx.Variable, dtype: jnp.dtype) -> nnx.Variable:
     return variable.replace(value.astype(dtype)) if narrows else variable
 
 
+def _all_kept(function: Callable) -> Callable:
+    return function
+
+
 def _checkpoint(policy: str, *, in_loop: bool = False) -> Callable[[Callable], Callable]:
     """What makes a function forget, by the policy, what its backward pass can recompute."""
     if policy == "none":
-        return lambda function: function
+        return _all_kept
     # A compiler would otherwise undo the recomputation, which it sees to be the same work; a loop's two passes it
     # cannot merge.
     return functools.partial(jax.checkpoint, policy=CHECKPOINT_POLICIES[policy], prevent_cse=not in_loop)

@@ -29,6 +29,8 @@ class TokenLayout:
         next_position: (b,), of the token after the run.
         tentative: whether it is decided after the call how many of its tokens count (`TentativeCache`): layers then
             leave what it takes to say how things stand after any number of them.
+        recomputed: whether a backward pass makes the layer's forward pass anew (`layer_stack.Execution`): what that
+            leaves to the backward pass then lives shortly, and may be large.
     """
 
     token_mask: Bool[Array, "b l"] | None
@@ -39,6 +41,7 @@ class TokenLayout:
     positions: Int32[Array, "b l"]
     next_position: Int32[Array, " b"]
     tentative: bool = dataclasses.field(default=False, metadata={"static": True})
+    recomputed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_step(self) -> bool:

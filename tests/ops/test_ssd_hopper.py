@@ -97,7 +97,7 @@ class TestBackwardByHand:
         """All gradients, with the kernel chosen and not."""
         arguments, resets, gradients = inputs(2, 192, 6, 2, 128, resets=True)
         x, dt, A, B, C, D, state = arguments.values()
-        residuals = x, (dt, A), B, C, D, state, resets.astype(jnp.int32)
+        residuals = x, (dt, A), B, C, D, state, resets.astype(jnp.int32), []
         launch, real, calls = Launch, hopper_backward.backward, []
 
         def backward(*arguments, **options):
@@ -113,7 +113,7 @@ class TestBackwardByHand:
 
         def run(reason):
             monkeypatch.setattr(pallas_gpu, "hopper_obstacle", lambda *_: reason)
-            dx, (ddt, dA), dB, dC, dD, dstate, _ = pallas_gpu._ssd_backward(CHUNK, False, residuals, gradients)
+            dx, (ddt, dA), dB, dC, dD, dstate, _ = pallas_gpu._ssd_backward(CHUNK, False, False, residuals, gradients)
             return {"x": dx, "dt": ddt, "A": dA, "B": dB, "C": dC, "D": dD, "initial_state": dstate}
 
         wanted = run("switched off")
@@ -149,6 +149,28 @@ class TestForwardByHand:
         our_y, our_final = hopper_forward.forward(x, steps, s, B, C, D, state, before=before)
         assert_near(our_y, y, ROUNDED, "y")
         assert_near(our_final, final, CLOSE, "state")
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_states_that_are_kept(self, monkeypatch, parts):
+        """Those that the backward pass would make again, of whole rows, in whatever parts rows are walked."""
+        arguments, _, gradients = inputs(2, 384, 4, 1, 64)
+        x, steps, s, B, C, D, starts, *_ = operands(arguments, None, gradients)
+        state = arguments["initial_state"]
+
+        def split(array):
+            return array.reshape(2 * parts, 384 // parts, *array.shape[2:])
+
+        def split_steps(array):
+            return array.reshape(2, 4, parts, -1).swapaxes(1, 2).reshape(2 * parts, 4, -1)
+
+        walked = (split(x), split_steps(steps), tuple(map(split_steps, s)), split(B))
+        launch = Launch(CHUNK, warps=4, stages=3, interpret=True)
+        before = kernels.last_states(*walked, parts, launch) if parts > 1 else None
+        by_hand(monkeypatch, hopper_forward, hopper_tiles)
+        *plain, kept = hopper_forward.forward(*walked, split(C), D, state, before=before, keep_states=True)
+        assert_near(kept, starts, ROUNDED, "states")
+        for ours, other in zip(plain, hopper_forward.forward(*walked, split(C), D, state, before=before), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(other, np.float32))
 
 
 class TestAccount:
@@ -376,6 +398,23 @@ class TestOnHopper:
         wanted_y, wanted_state = wanted(arguments)
         assert_near(y, wanted_y, ROUNDED, "y")
         assert_near(state, wanted_state, CLOSE, "state")
+
+    # Whole rows, and rows that are cut into parts.
+    @pytest.mark.parametrize("sizes", [(2, 256, 6, 3, 64), (1, 4096, 4, 1, 128), (4, 1024, 64, 1, 128)])
+    def test_states_that_are_kept(self, sizes):
+        """The gradients are those of states that are made again."""
+        arguments, resets, gradients = inputs(*sizes, resets=True)
+
+        def pull(arguments, *, keep_states):
+            run = functools.partial(pallas_gpu.ssd, resets=resets, keep_states=keep_states)
+            return jax.vjp(lambda arguments: run(**arguments), arguments)[1](gradients)[0]
+
+        kept, again = (jax.jit(functools.partial(pull, keep_states=keep)) for keep in (True, False))
+        names = set(re.findall(r"\bssd_states\w*", str(kept.trace(arguments).jaxpr)))
+        assert names == {"ssd_states_backwards"}
+        ours, wanted = kept(arguments), again(arguments)
+        for name, array in ours.items():
+            assert_near(array, wanted[name], ROUNDED if array.dtype == jnp.bfloat16 else 10 * CLOSE, name)
 
     def test_repeatable(self, monkeypatch):
         """Who comes first makes no difference."""

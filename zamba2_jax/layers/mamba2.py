@@ -145,6 +145,7 @@ class Mamba2Mixer(nnx.Module):
             initial_state=state.ssm if state else None,
             segment_ids=layout.segment_ids,
             chunk_size=self.config.chunk_size,
+            keep_states=layout.recomputed,
         )
         y = y.reshape(x.shape)
         if state is None:

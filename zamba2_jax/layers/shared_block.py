@@ -8,6 +8,7 @@ Hybrid layer j runs block j mod num_mem_blocks. A use brings its own low-rank ad
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -191,16 +192,30 @@ class SharedTransformerBlock(nnx.Module):
         use: SharedBlockUse,
         context: AttentionContext,
         past: KeyValue | None,
+        remember: Callable[[Callable], Callable] = lambda function: function,
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
-        """The output of this use, after the use's own `linear`; the cache entry; the attention weights if wanted."""
+        """The output of this use, after the use's own `linear`; the cache entry; the attention weights if wanted.
+
+        `remember` is applied to attention, MLP and `linear`, each with the norm before it, as functions of what flows
+        between them: where rematerialisation cuts.
+        """
         if context.is_decoding and decoding.shared_block_obstacle(self, use, hidden.shape[0]) is None:
             return *decoding.shared_block_step(self, hidden, embedded, use, context, past), None
-        x = self.input_layernorm(hidden, embedded)
-        x, past, weights = self.self_attn(x, use, context, past)
-        x = self.feed_forward(self.pre_ff_layernorm(constrain(x, "batch", "length", None)), use, context.dropout_key)
-        x = constrain(x, "batch", "length", None)
-        output = with_lora(use.linear(x), "linear", x, context.dropout_key, use.lora)
-        return constrain(output, "batch", "length", None), past, weights
+
+        def attend(hidden, embedded, past):
+            x, past, weights = self.self_attn(self.input_layernorm(hidden, embedded), use, context, past)
+            return constrain(x, "batch", "length", None), past, weights
+
+        def feed_forward(x):
+            x = self.feed_forward(self.pre_ff_layernorm(x), use, context.dropout_key)
+            return constrain(x, "batch", "length", None)
+
+        def linear(x):
+            output = with_lora(use.linear(x), "linear", x, context.dropout_key, use.lora)
+            return constrain(output, "batch", "length", None)
+
+        x, past, weights = remember(attend)(hidden, embedded, past)
+        return remember(linear)(remember(feed_forward)(x)), past, weights
 
 
 class SharedBlockUse(nnx.Module):

@@ -34,14 +34,20 @@ TOGETHER = 2
 _MIX, _FETCH = TOGETHER, TOGETHER + 1
 
 
-def forward(x, dt, s, B, C, D, state, *, before=None) -> tuple[jax.Array, jax.Array]:
+def forward(x, dt, s, B, C, D, state, *, before=None, keep_states=False) -> tuple[jax.Array, ...]:
     """Arguments and results as in `pallas_gpu_kernels.forward`. x, B and C are of bfloat16, l is a multiple of 64, p is
-    64, n 64 or 128, and groups have an even number of heads."""
+    64, n 64 or 128, and groups have an even number of heads.
+
+    With `keep_states`, a third result: the state that each chunk starts with, (b,h,c,p,n) of x.dtype, as
+    `pallas_gpu_kernels.states` makes them. It lies in shared memory at that time, as an operand; to write it takes this
+    kernel less than that one takes, which reads x and B again.
+    """
     # Mosaic's kernels have no rule for `jax.vmap`.
-    return jax.custom_batching.sequential_vmap(_forward)(x, dt, *s, B, C, D, state, before)
+    run = jax.custom_batching.sequential_vmap(functools.partial(_forward, keep_states))
+    return run(x, dt, *s, B, C, D, state, before)
 
 
-def _forward(x, dt, s, B, C, D, state, before):
+def _forward(keep_states, x, dt, s, B, C, D, state, before):
     batch, length, heads, headdim = x.shape
     groups, size = B.shape[2:]
     parts = batch // state.shape[0]
@@ -54,12 +60,15 @@ def _forward(x, dt, s, B, C, D, state, before):
         operands["D"] = D
     if before is not None:
         operands["gains"], operands["kept"] = before
+    results = [
+        jax.ShapeDtypeStruct((batch, length, heads * headdim), x.dtype),
+        jax.ShapeDtypeStruct(state.shape, jnp.float32),
+    ]
+    if keep_states:
+        results.append(jax.ShapeDtypeStruct((batch // parts, heads, parts * length // SIDE, headdim, size), x.dtype))
     kernel = pl.kernel(
         functools.partial(_program, length // SIDE, parts, heads // groups, size),
-        out_type=[
-            jax.ShapeDtypeStruct((batch, length, heads * headdim), x.dtype),
-            jax.ShapeDtypeStruct(state.shape, jnp.float32),
-        ],
+        out_type=results,
         mesh=plgpu.Mesh(
             grid=(heads // TOGETHER, batch),
             grid_names=("heads", "row"),
@@ -69,8 +78,8 @@ def _forward(x, dt, s, B, C, D, state, before):
         compiler_params=tiles.compiler_params(),
         name="ssd_forward",
     )
-    y, state = kernel(operands)
-    return y.reshape(x.shape), state
+    y, *states = kernel(operands)
+    return y.reshape(x.shape), *states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +90,7 @@ class _Program:
     operands: dict[str, Any]
     y_out: Any
     final_out: Any
+    states_out: Any  # or None
     chunks: int
     parts: int
     group_heads: int
@@ -141,6 +151,8 @@ class _Program:
         def walk_chunk(index, slot, state):
             B, C = (self.of_chunk[name].at[slot] for name in "BC")
             x, dt_of, s_of = (self.of_chunk[name].at[slot, me] for name in ("x", "dt", "s"))
+            if self.states_out is not None:
+                plgpu.copy_smem_to_gmem(state_tile, self.states_out.at[row, head, part * self.chunks + index])
 
             def without_mixing(carried):
                 plgpu.wgmma(carried, C, tiles.turned(state_tile))
@@ -195,7 +207,7 @@ class _Program:
         return jax.lax.fori_loop(0, part, through, state), row, part
 
 
-def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
+def _program(chunks, parts, group_heads, size, operands, y_out, final_out, states_out=None):
     heads, row = (jax.lax.axis_index(name) for name in ("heads", "row"))
     me = jax.lax.axis_index("warpgroup")
 
@@ -204,6 +216,7 @@ def _program(chunks, parts, group_heads, size, operands, y_out, final_out):
             operands=operands,
             y_out=y_out,
             final_out=final_out,
+            states_out=states_out,
             chunks=chunks,
             parts=parts,
             group_heads=group_heads,

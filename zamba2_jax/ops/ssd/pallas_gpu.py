@@ -79,10 +79,12 @@ def ssd(
     *,
     chunk: int = CHUNK,
     interpret: bool = False,
+    keep_states: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Arguments and results as in `chunked.ssd`; `chunk` is a power of two of at least 16. Differentiable.
 
-    dt may be raw, with A None: the gradient of its columns is then written for the raw steps alone.
+    dt may be raw, with A None: the gradient of its columns is then written for the raw steps alone. `keep_states` is
+    `api.ssd`'s.
     """
     length, headdim, size = x.shape[1], x.shape[-1], B.shape[-1]
     # Tiles have sides that are powers of two; what is added is zero, adds nothing and is cut off again.
@@ -94,18 +96,25 @@ def ssd(
     chunk = min(chunk, _tile(length))
     resets = None if resets is None else resets.astype(jnp.int32)
     of_time = dt if isinstance(dt, RawSteps) else (dt, A)
-    y, state = _ssd(x, of_time, B, C, D, state, resets, chunk, interpret)
+    y, state = _ssd(x, of_time, B, C, D, state, resets, chunk, interpret, keep_states)
     return y[..., :headdim], state[..., :headdim, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret, keep_states):
+    return _run(x, of_time, B, C, D, state, resets, chunk, interpret, keep_states=False)[:2]
+
+
+def _run(x, of_time, B, C, D, state, resets, chunk, interpret, *, keep_states):
+    """y, the last state, and, if they are kept and this kernel can, the states that chunks start with."""
     launch = functools.partial(Launch, chunk, warps=4, interpret=interpret)
     parts = _parts(x, chunk)
     steps, s = time_steps.prepare(of_time, resets, parts, x.dtype, launch(stages=1))
     forward = functools.partial(kernels.forward, launch=launch(stages=2, split=_split(x) if parts == 1 else 1))
     if not interpret and hopper_obstacle(x, B, chunk) is None:
-        from zamba2_jax.ops.ssd.hopper_forward import forward
+        from zamba2_jax.ops.ssd import hopper_forward
+
+        forward = functools.partial(hopper_forward.forward, keep_states=keep_states)
     if parts == 1:
         return forward(x, steps, s, B, C, D, state)
 
@@ -118,21 +127,22 @@ def _ssd(x, of_time, B, C, D, state, resets, chunk, interpret):
         return array.reshape(batch * parts, length // parts, *array.shape[2:])
 
     before = kernels.last_states(rows(x), steps, s, rows(B), parts, launch(stages=3))
-    y, state = forward(rows(x), steps, s, rows(B), rows(C), D, state, before=before)
-    return y.reshape(x.shape), state
+    y, *states = forward(rows(x), steps, s, rows(B), rows(C), D, state, before=before)
+    return y.reshape(x.shape), *states
 
 
-def _ssd_forward(x, of_time, B, C, D, state, resets, chunk, interpret):
-    return _ssd(x, of_time, B, C, D, state, resets, chunk, interpret), (x, of_time, B, C, D, state, resets)
+def _ssd_forward(x, of_time, B, C, D, state, resets, chunk, interpret, keep_states):
+    y, last, *starts = _run(x, of_time, B, C, D, state, resets, chunk, interpret, keep_states=keep_states)
+    return (y, last), (x, of_time, B, C, D, state, resets, starts)
 
 
-def _ssd_backward(chunk, interpret, residuals, gradients):
-    x, of_time, B, C, D, state, resets = residuals
+def _ssd_backward(chunk, interpret, keep_states, residuals, gradients):
+    x, of_time, B, C, D, state, resets, starts = residuals
     dy, dstate = gradients
     launch = functools.partial(Launch, chunk, interpret=interpret)
     steps, s = time_steps.prepare(of_time, resets, 1, x.dtype, launch(warps=4, stages=1))
     walk = launch(warps=4, stages=3, split=_split(x))
-    starts, _ = kernels.states(x, steps, s, B, state, walk)
+    [starts] = starts or [kernels.states(x, steps, s, B, state, walk)[0]]
     ends, dstate = kernels.states(dy, None, s, C, dstate, walk)
     some = _heads_per_program(x, B.shape[2], chunk)
     if not interpret and hopper_obstacle(x, B, chunk) is None:
