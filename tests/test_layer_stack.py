@@ -148,6 +148,22 @@ def test_products_into_the_stream_are_not_made_again(ids):
     assert products("layer", "2,128") == products("none", "2,128") + 4  # of two uses, and their adapters
 
 
+@pytest.mark.parametrize("policy", ["none", "layer"])
+def test_gradients_of_shared_weights_are_added_as_they_come(ids, policy):
+    """The latest first, where memory is short: see `shared_gradients`. JAX's own order is the other."""
+    graphdef, params = split(policy, layers=8)
+    program = jax.make_jaxpr(jax.grad(functools.partial(loss, graphdef, ids)))(params).jaxpr
+    made = {result: place for place, equation in enumerate(program.eqns) for result in equation.outvars}
+    sums = [
+        [made[term] for term in equation.invars]
+        for equation in program.eqns
+        if equation.primitive.name in ("add", "add_any") and equation.outvars[0].aval.shape == (32, 2, 128)
+    ]
+    assert len(sums) == 2  # of gate_up_proj's three uses
+    for first, second in sums:
+        assert (first > second) == (policy == "layer")
+
+
 def test_what_cudnn_attention_gives_is_kept(monkeypatch):
     """In the programs of JAX's own function, traced as where there is a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn

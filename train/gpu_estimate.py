@@ -69,15 +69,16 @@ def working_bytes(config: Zamba2Config, rows: Rows, *, weights: Mapping[str, int
     """
     layer, use = _layer(config, rows), _use(config, rows)
     layers, uses, d = config.num_hidden_layers, config.num_hybrid_layers, config.hidden_size
-    # The input of each, a use's result on its way into the layer, the embedding, and the last layer's result.
-    kept = (layers + 2 * uses + 2) * d * rows.itemsize
+    # The input of each layer, which is its use's too; what attention, MLP and matrix of a use result in; the embedding,
+    # and the last layer's result. (All that is kept of the last layer is among its own working activations.)
+    kept = (layers + 3 * uses + 2) * d * rows.itemsize
     if rows.policy in ("attention", "projections"):
         kept += uses * use["attention"]
     if rows.policy == "projections":
         kept += layers * layer["products"] + uses * use["products"]
     elif rows.policy == "none":
-        kept += layers * layer["all"] + uses * use["all"]
-    working = 2 * max(layer["all"], use["all"] if uses else 0)
+        kept += layers * layer["all"] + uses * (use["attend"] + use["feed forward"])
+    working = 2 * max(layer["all"], *((use["attend"], use["feed forward"]) if uses else ()))
     block = min(rows.tokens * config.vocab_size, _SCORES) / rows.tensor
     head = config.vocab_size * d / rows.tensor * (_FLOAT32 * rows.trains_head + rows.itemsize * rows.widens_head)
     gathered = rows.itemsize * max(_layer_weights(config), _use_weights(config) if uses else 0) / rows.tensor
@@ -103,18 +104,24 @@ def _layer(config: Zamba2Config, rows: Rows) -> dict[str, float]:
 
 
 def _use(config: Zamba2Config, rows: Rows) -> dict[str, float]:
-    """The same of a use of a shared block, and what "attention" gives."""
+    """The same of a use of a shared block, by its halves "attend" and "feed forward", and what the policy "attention"
+    keeps."""
     s, t = rows.itemsize, rows.tensor
     d, i = config.hidden_size, config.intermediate_size / t
     a = config.num_attention_heads * config.attention_head_dim / t
     c = config.num_key_value_heads * config.attention_head_dim / t
-    products = s * (a + 2 * c + d + 2 * i + d)
     rotated = (a + c) if config.use_mem_rope else 0
-    # The result and its normalisers.
-    attention = s * a + _FLOAT32 * config.num_attention_heads / t
-    # The normed concatenation; attention; the normed result; gate times up; the output.
-    rest = s * (2 * d + rotated + d + i + d) + attention
-    return {"attention": attention, "products": products, "all": products + rest}
+    # The result, the normalisers of its softmax, and the queries.
+    attention = s * 2 * a + _FLOAT32 * config.num_attention_heads / t
+    return {
+        "attention": attention,
+        # Beside the queries, which "attention" counts.
+        "products": s * (2 * c + d + 2 * i + d),
+        # The normed concatenation, keys, values, what is rotated, the result.
+        "attend": s * (2 * d + 2 * c + rotated + d) + attention,
+        # The normed input, gate and up, their product, the result, the use's output.
+        "feed forward": s * (d + 2 * i + i + d + d),
+    }
 
 
 def _layer_weights(config: Zamba2Config) -> float:

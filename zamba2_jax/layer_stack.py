@@ -24,6 +24,7 @@ from zamba2_jax.layers.linear import Linear
 from zamba2_jax.layers.mamba2 import MambaLayer
 from zamba2_jax.layers.projection import PROJECTION
 from zamba2_jax.layers.shared_block import AttentionContext, SharedBlockUse, SharedTransformerBlock
+from zamba2_jax.layers.shared_gradients import for_this_use
 from zamba2_jax.ops.attention import ATTENTION
 from zamba2_jax.tokens import TokenLayout
 
@@ -33,8 +34,9 @@ _has_name_of_projection = jax.checkpoint_policies.save_only_these_names(PROJECTI
 
 # Functions with names, not closures: programs kept on disk are told apart by them.
 def _keep_attention(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    # cuDNN's gives the sums of its softmax beside its result: both kept, it is not run again. It has no place for a
-    # name; a JAX that calls it otherwise runs it twice.
+    # Attention's result and its queries; keys and values, each as large, are made again. cuDNN's gives the sums of its
+    # softmax beside its result: both kept, it is not run again. It has no place for a name; a JAX that calls it
+    # otherwise runs it twice.
     is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
     return is_cudnn or _has_name_of_attention(primitive, *arguments, **parameters)
 
@@ -141,13 +143,16 @@ class LayerStack:
             return self._steps(hidden, past)
         remember = _checkpoint(execution.checkpoint)
         trail = Trail()
-        last = len(self.layers) - 1
+        last, blocks = len(self.layers) - 1, list(self.blocks)
         for index, layer in enumerate(self.layers):
             output = None
             if index in self._use_of_layer:
                 j = self._use_of_layer[index]
                 use = (past.attention[j], past.dropout_keys[j])
-                output, left = self._apply_use(remember, self._block_of(j), self.uses[j], hidden, *use)
+                block = blocks[j % len(blocks)]
+                if remember is not _all_kept and j + len(blocks) < len(self.uses):
+                    block, blocks[j % len(blocks)] = for_this_use(block)
+                output, left = self._apply_use(remember, block, self.uses[j], hidden, *use)
                 trail.add_use(left)
             of_layer = (past.mamba[index], past.mamba_dropout_keys[index])
             of_layer = (remember if index < last else _all_kept, layer, hidden, *of_layer)

@@ -138,11 +138,12 @@ class PretrainedModel(nnx.Module):
         Takes effect in `nnx.split` and in calls made afterwards; saved nowhere. Calls with a cache are not affected.
 
         Args:
-            policy: what is kept of each mamba layer and of each use of a shared block.
-                "layer": its input alone, (b, l, d) each. The least memory; the forward pass runs twice, but for each
-                layer's last matrix product.
-                "attention": also what attention gives, (b, l, 2 d) for each use of a shared block: the one part whose
-                time grows with the square of the length is not run again.
+            policy: what is kept of each mamba layer, and of each use of a shared block's attention and MLP. All is kept
+                of the last layer, whose backward pass comes first, unless layers are scanned.
+                "layer": its input and result alone, (b, l, d) each. The least memory; the forward pass runs twice, but
+                for the last matrix product of each.
+                "attention": also attention's queries and what it gives, twice (b, l, 2 d) for each use of a shared
+                block: the one part whose time grows with the square of the length is not run again.
                 "projections": also the results of its wide matrix products: gate, x, B, C and dt of a mamba layer,
                 some (b, l, 2 E) numbers; queries, keys, values, the attention's and MLP's outputs, gate and up of a
                 shared block, some (b, l, 16 d). Recomputed are norms, activations, convolution and state-space

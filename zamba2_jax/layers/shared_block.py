@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,7 +25,7 @@ from zamba2_jax.layers.lora import Loras, with_lora
 from zamba2_jax.layers.norms import RMSNorm
 from zamba2_jax.layers.projection import apart, projection
 from zamba2_jax.layers.rope import rotate
-from zamba2_jax.ops.attention import attention, attention_with_weights, prefill_attention
+from zamba2_jax.ops.attention import ATTENTION, attention, attention_with_weights, prefill_attention
 from zamba2_jax.ops.decode.cached_attention import cached_attention, cached_attention_of_several
 from zamba2_jax.sharding import constrain
 
@@ -92,6 +93,7 @@ class SharedAttention(nnx.Module):
         lora = (context.dropout_key, self.lora, use.lora)
         query, key, value = self.q_proj(for_query), self.k_proj(for_key), self.v_proj(for_value)
         query = self._heads(with_lora(query, "q_proj", x, *lora), use.q_adapter, x, context, "q_heads")
+        query = checkpoint_name(query, ATTENTION)
         key = self._heads(with_lora(key, "k_proj", x, *lora), use.k_adapter, x, context, "kv_heads")
         value = self._heads(with_lora(value, "v_proj", x, *lora), use.v_adapter, x, context, "kv_heads")
         if context.rotation is not None:
