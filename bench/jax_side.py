@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import gc
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from bench.cases import Case
+from bench.models import random_model
 from bench.sizes import config_of, scale_of
 from bench.timing import Samples, time_runs, time_steps
 from bench.worker import HostMemory
-from zamba2_jax import Zamba2Config, Zamba2ForCausalLM
+from zamba2_jax import Zamba2ForCausalLM
 from zamba2_jax.cache import Zamba2Cache
 from zamba2_jax.compilation import for_many_tokens
 from zamba2_jax.ops.conv import causal_conv
@@ -109,45 +109,6 @@ class DeviceMemory:
 
 
 # ---- the model ----
-
-
-def random_model(config: Zamba2Config, dtype: str, quantize: str | None = None) -> Zamba2ForCausalLM:
-    """A model whose weights, integers too, are drawn on the device, one small program per shape: drawing them all in
-    one program would take minutes to compile, and the constructor would hold float32 copies, or the weights that were
-    quantised."""
-    key = jax.random.key(0)
-    rngs = types.SimpleNamespace(params=lambda: key)  # the shapes do not depend on it; an nnx.Rngs traces slowly
-
-    def build() -> Zamba2ForCausalLM:
-        model = Zamba2ForCausalLM(config, dtype=dtype, rngs=rngs)
-        if quantize is None:
-            return model
-        from zamba2_jax import quantization
-
-        return quantization.quantize(model, quantize)
-
-    graph, state = nnx.split(nnx.eval_shape(build))
-    leaves = dict(nnx.to_flat_state(state))
-    for index, (path, leaf) in enumerate(leaves.items()):
-        name = "scale of values" if (*path[:-1], "values") in leaves and path[-1] == "scale" else path[-1]
-        leaf.set_value(_draw(np.uint32(index), name, tuple(leaf.shape), jnp.dtype(leaf.dtype)))
-    return nnx.merge(graph, nnx.from_flat_state(leaves.items()))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _draw(seed: jax.Array, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(seed), shape, jnp.uint8), dtype)
-    match name:
-        case "scale of values":  # uniform int8 have a standard deviation of 74, int4 (bfloat16 scales) of 4.6
-            return jnp.full(shape, 0.02 / (74 if dtype == jnp.float32 else 4.6), dtype)
-        case "A_log":
-            return jnp.log(jnp.arange(1, shape[0] + 1, dtype=dtype))
-        case "dt_bias":
-            return jnp.full(shape, -4.0, dtype)  # steps of about 0.02, as in trained models
-        case "D" | "scale":
-            return jnp.ones(shape, dtype)
-    return (0.02 * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
 
 
 _MODELS: dict[tuple[str, str | None], Zamba2ForCausalLM] = {}

@@ -4,13 +4,17 @@ the arithmetic rate, whichever is longer. Both rates are measured in the same ru
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from bench.cases import Case
+from bench.models import abstract_model
 from zamba2_jax import Zamba2Config
+from zamba2_jax.quantization import weight_itemsize
 
 _FLOAT32 = 4
+_ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": _FLOAT32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,7 @@ def work_of(case: Case, config: Zamba2Config, size: int) -> Work:
 
 
 def itemsize(dtype: str) -> int:
-    return {"bfloat16": 2, "float16": 2, "float32": 4}[dtype]
+    return _ITEMSIZES[dtype]
 
 
 def _limit(work: Work, seconds: dict[str, float]) -> dict[str, Any]:
@@ -93,11 +97,18 @@ def _ssd(config: Zamba2Config, tokens: int, batch: int, size: int, backward: boo
 
 def _step(config: Zamba2Config, batch: int, context: int, size: int, quantize: str | None) -> Work:
     """Every weight once per use, the states read and written, the filled slots of keys and values read."""
-    weight_size = {None: size, "int8": 1, "int4": 0.5}[quantize]
+    weight_size = size if quantize is None else _quantized_itemsize(config, size, quantize)
     return Work(
         config.bytes_per_decode_step(batch, context, weight_itemsize=weight_size, cache_itemsize=size),
         config.flops_per_decode_step(batch, context),
     )
+
+
+@functools.cache
+def _quantized_itemsize(config: Zamba2Config, size: int, quantize: str) -> float:
+    """Bytes of a weight on average: integers, their scales, and what is not quantised."""
+    dtype = next(name for name, itemsize in _ITEMSIZES.items() if itemsize == size)
+    return weight_itemsize(abstract_model(config, dtype, quantize))
 
 
 def _forward(config: Zamba2Config, batch: int, length: int, size: int, heads: int) -> Work:

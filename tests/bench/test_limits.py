@@ -47,14 +47,16 @@ def test_the_recurrence_and_the_convolution_alone():
 
 
 def test_quantised_weights_leave_fewer_bytes():
-    config = config_of("7b")
+    config = config_of("1.2b")
     plain, int8, int4 = (
-        work_of(Case("decode", "decode", "7b", 1, 128, quantize=name), config, 2).bytes
+        work_of(Case("decode", "decode", "1.2b", 1, 128, quantize=name), config, 2).bytes
         for name in (None, "int8", "int4")
     )
     applied = config.num_parameters_applied_per_token()
-    assert plain - int8 == applied
-    assert plain - int4 == 1.5 * applied
+    # int8: a float32 scale for each row, which is of 128 numbers in adapters. int4: a bfloat16 one for each group, and
+    # an int8 table of embeddings.
+    assert 0.96 * applied < plain - int8 < 0.97 * applied
+    assert 1.3 * applied < plain - int4 < 1.45 * applied
 
 
 def test_what_has_another_limit_or_none():

@@ -89,7 +89,7 @@ class TestProducts:
         """int8 and int4 weights beside plain ones."""
         x = draw(0, rows, depth)
         weights = [integers(2, depth, 40), draw(3, depth, 24), integers(4, depth, 1030)]
-        if depth % products_gpu.SMALLEST_GROUP == 0:
+        if depth % products_gpu.SMALLEST_INT4_GROUP == 0:
             weights += [integers(5, depth, 1030, bits=4), integers(6, depth, 24, bits=4)]
         results = products_gpu.skinny_matmul(x, weights, tiling=SMALL, interpret=INTERPRET)
         for result, weight in zip(results, weights, strict=True):

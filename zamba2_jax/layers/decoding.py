@@ -371,8 +371,8 @@ def _products_obstacle(weights: Sequence[Matrix], rows: int, interpret: bool) ->
     if others := {type(weight) for weight in weights} - {Linear, QuantizedLinear}:
         return f"a weight is a {others.pop().__name__}; it takes Linear and QuantizedLinear"
     groups = [group for group in map(_group, weights) if group is not None]
-    if groups and min(groups) < products_gpu.SMALLEST_GROUP:
-        return f"int4 in groups of {min(groups)}; it takes {products_gpu.SMALLEST_GROUP} and more"
+    if groups and min(groups) < products_gpu.SMALLEST_INT4_GROUP:
+        return f"int4 in groups of {min(groups)}; it takes {products_gpu.SMALLEST_INT4_GROUP} and more"
     if any(weight.bias is not None for weight in weights):
         return "the projections have biases"
     if rows > products_gpu.MAX_ROWS:

@@ -26,7 +26,7 @@ from zamba2_jax.ops.quantized import Integers
 # More rows are XLA's.
 MAX_ROWS = ROWS
 # Of int4: half a group is one product of the matrix units, which take 16 features or more.
-SMALLEST_GROUP = 32
+SMALLEST_INT4_GROUP = 32
 # The head's kernel multiplies by hand: for several rows XLA's product was measured to be as fast as it is for one.
 MAX_HEAD_ROWS = 1
 # Strips that occupy a large card once.
