@@ -610,6 +610,24 @@ class TestKernels:
             np.testing.assert_array_equal(actual, wanted)
         assert not interpret_pallas_call.races.races_found
 
+    def test_states_that_are_kept(self):
+        """On TPUs the gradients are the same, and no kernel makes the states again. (Of GPUs: `test_ssd_hopper`.)"""
+        arguments = jax.tree.map(jnp.asarray, inputs(300, groups=2, group_heads=2))
+        ids = jnp.asarray(np.arange(300)[None].repeat(2, 0) // 101)
+        weights = weights_for(arguments)
+
+        def gradients(keep_states):
+            def weighted(arguments):
+                form = {"implementation": "pallas_tpu", "interpret": True, "keep_states": keep_states}
+                y, state = ssd(**arguments, segment_ids=ids, **form)
+                return sum(jnp.vdot(*pair) for pair in zip((y, state), weights, strict=True))
+
+            return jax.make_jaxpr(jax.grad(weighted))(arguments), jax.jit(jax.grad(weighted))(arguments)
+
+        (kept, ours), (again, wanted) = gradients(True), gradients(False)
+        assert ("ssd_states" in str(kept), "ssd_states" in str(again)) == (False, True)
+        jax.tree.map(np.testing.assert_array_equal, ours, wanted)
+
     @pytest.mark.parametrize("parts", [2, 4])
     def test_rows_that_a_gpu_cuts_into_parts(self, parts):
         """Few heads, many tokens: what a part is told of those before it, past a reset too, and the state after all."""

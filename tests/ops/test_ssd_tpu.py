@@ -31,19 +31,23 @@ PROGRAM = """
     first = shaped(jnp.float32, batch, heads, headdim, state)
     ids = shaped(jnp.int32, batch, length)
 
-    def forward(x, dt, A, B, C, D, first, ids):
+    def forward(x, dt, A, B, C, D, first, ids, **options):
         x = x.reshape(batch, length, heads, headdim)
-        y, last = ssd(x, dt, A, B, C, D, initial_state=first, segment_ids=ids)
+        y, last = ssd(x, dt, A, B, C, D, initial_state=first, segment_ids=ids, **options)
         return y.reshape(batch, length, -1), last
 
-    def gradient(*arguments):
+    def gradient(*arguments, **options):
         *arguments, ids, dy, dlast = arguments
-        _, pull = jax.vjp(lambda *arguments: forward(*arguments, ids), *arguments)
-        return pull((dy, dlast))
+        y, pull = jax.vjp(lambda *arguments: forward(*arguments, ids, **options), *arguments)
+        return y, pull((dy, dlast))
+
+    def recomputed(*arguments):
+        return gradient(*arguments, keep_states=True)
 
     arguments = (x, dt, A, B, C, D, first, ids)
     with jax.set_mesh(mesh):
-        for name, function, more in (("forward", forward, ()), ("gradient", gradient, (x, first))):
+        both = (x, first)
+        for name, function, more in (("forward", forward, ()), ("gradient", gradient, both), ("again", recomputed, both)):
             compiled = jax.jit(function).lower(*arguments, *more).compile()
             print(name, compiled.as_text().count("tpu_custom_call"), compiled.memory_analysis().temp_size_in_bytes)
 """
@@ -72,9 +76,11 @@ def test_kernels_compile(topology, heads, state, groups):
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    [forward, gradient] = (line.split() for line in result.stdout.splitlines())
-    # One kernel forward; backward the states at the chunks' starts, and all else.
+    [forward, gradient, recomputed] = (line.split() for line in result.stdout.splitlines())
+    # One kernel forward; backward the states at the chunks' starts, unless they are kept, and all else.
     assert forward[:2] == ["forward", "1"]
-    assert gradient[:2] == ["gradient", "2"]
+    assert gradient[:2] == ["gradient", "3"]
+    assert recomputed[:2] == ["again", "2"]
     # No matrices of length × chunk pass through memory: these would be 0.5 GB and more.
     assert int(gradient[2]) < 250e6
+    assert int(recomputed[2]) < 250e6

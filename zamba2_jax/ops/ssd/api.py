@@ -70,10 +70,10 @@ def ssd(
         TPUs. None takes the fused kernel where there is one that can serve, and else "chunked". On a mesh
         (`jax.set_mesh`), each device runs it on its own rows, heads and tokens.
       interpret: run the named fused kernel in Pallas' interpreter, on any platform. For tests: it is slow.
-      keep_states: leave the chunks' states, (b, h, l / 64, p, n) in x.dtype, to the backward pass rather than have it
-        make them again. For a call that is itself made anew in a backward pass (`jax.checkpoint`), so that they live
-        shortly: of n = 128 they take twice the memory of x. Only the kernel for Hopper GPUs has them at hand; any other
-        does without. The result is the same.
+      keep_states: leave the states that chunks start with, in x.dtype, to the backward pass rather than have it make
+        them again. For a call that is itself made anew in a backward pass (`jax.checkpoint`), so that they live
+        shortly: they take n / 64 times the memory of x on GPUs, n / 128 times on TPUs. The kernels for Hopper GPUs and
+        for TPUs have them at hand; any other form does without. The result is the same.
 
     Returns:
       y (b, l, h, p) in x.dtype, and the state after the last token, (b, h, p, n) float32; it belongs to the last
@@ -124,9 +124,7 @@ def ssd(
 
     dt, A, D, initial_state = _as_float32(dt, A, D, initial_state)
     if implementation in FUSED.values():
-        kernel = functools.partial(_module(implementation).ssd, interpret=interpret)
-        if implementation == "pallas_gpu":
-            kernel = functools.partial(kernel, keep_states=keep_states)
+        kernel = functools.partial(_module(implementation).ssd, interpret=interpret, keep_states=keep_states)
         # The gradient of what lies before the raw steps is left unwritten: only where somebody writes it.
         if raw is not None and raw.behind.shares_gradient and implementation == "pallas_gpu":
             return kernel(x, raw, None, B, C, D, initial_state, resets)

@@ -48,32 +48,40 @@ def ssd(
     resets: jax.Array | None,
     *,
     interpret: bool = False,
+    keep_states: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments and results as in `chunked.ssd`; resets None is none. Differentiable."""
+    """Arguments and results as in `chunked.ssd`; resets None is none. Differentiable. `keep_states` is `api.ssd`'s."""
     B, C = B.astype(x.dtype), C.astype(x.dtype)
-    return _ssd(x, dt, A, B, C, D, initial_state, resets, _plan(x, B, interpret))
+    return _ssd(x, dt, A, B, C, D, initial_state, resets, _plan(x, B, interpret), keep_states)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _ssd(x, dt, A, B, C, D, state, resets, plan):
-    y, final = kernels.forward(plan, *_lay_out(plan, resets, x, dt, A, B, C, D, state))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _ssd(x, dt, A, B, C, D, state, resets, plan, keep_states):
+    return _run(x, dt, A, B, C, D, state, resets, plan, keep_states=False)[:2]
+
+
+def _run(x, dt, A, B, C, D, state, resets, plan, *, keep_states):
+    """y, the last state, and, if they are kept, the states that chunks start with, as `kernels.states` makes them."""
+    laid_out = _lay_out(plan, resets, x, dt, A, B, C, D, state)
+    y, final, *starts = kernels.forward(plan, *laid_out, keep_states=keep_states)
     heads, group_heads, size = state.shape[1], state.shape[1] // plan.groups, state.shape[3]
     y = y.reshape(*y.shape[:2], plan.groups, -1, plan.headdim)
     y = y[:, : x.shape[1], :, :group_heads, : x.shape[3]].reshape(x.shape)
     final = final.reshape(plan.batch, plan.state, plan.groups, -1, plan.headdim)
     final = final[:, :size, :, :group_heads, : x.shape[3]].reshape(plan.batch, size, heads, -1)
-    return y, jnp.moveaxis(final, 1, 3)
+    return y, jnp.moveaxis(final, 1, 3), *starts
 
 
-def _ssd_forward(x, dt, A, B, C, D, state, resets, plan):
-    return _ssd(x, dt, A, B, C, D, state, resets, plan), (x, dt, A, B, C, D, state, resets)
+def _ssd_forward(x, dt, A, B, C, D, state, resets, plan, keep_states):
+    y, final, *starts = _run(x, dt, A, B, C, D, state, resets, plan, keep_states=keep_states)
+    return (y, final), (x, dt, A, B, C, D, state, resets, starts)
 
 
-def _ssd_backward(plan, residuals, gradients):
-    *arguments, resets = residuals
+def _ssd_backward(plan, keep_states, residuals, gradients):
+    *arguments, resets, starts = residuals
     dy, dfinal = gradients
     (x, rows, B, C, D, state), to_arguments = jax.vjp(functools.partial(_lay_out, plan, resets), *arguments)
-    starts = kernels.states(plan, x, rows, B, state)
+    [starts] = starts or [kernels.states(plan, x, rows, B, state)]
     dx, drows, dB, dC, dD, dinitial = kernels.backward(
         plan, x, rows, B, C, D, starts, _lay_out_tokens(plan, dy), _lay_out_state(plan, dfinal)
     )

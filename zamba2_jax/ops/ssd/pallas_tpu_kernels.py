@@ -72,11 +72,11 @@ class Plan:
         return 3 * self.row_heads + SUBLANES
 
 
-def forward(plan: Plan, x, rows, B, C, D, state) -> tuple[jax.Array, jax.Array]:
+def forward(plan: Plan, x, rows, B, C, D, state, *, keep_states: bool = False) -> tuple[jax.Array, ...]:
     """x (b, l, G·lanes), G = groups·blocks; rows (b, G, plan.rows, l) float32; B, C (b, g, l, n); D (G, 1, lanes) or
-    None; state (b, n, G·lanes). Returns y like x and the last state."""
+    None; state (b, n, G·lanes). Returns y like x and the last state; with `keep_states` also what `states` returns."""
     refs = {"x": x, "rows": rows, "B": B, "C": C} | ({} if D is None else {"D": D}) | {"initial": state}
-    outputs = {"y": x, "final": state}
+    outputs = {"y": x, "final": state} | ({"starts": _starts(plan, x, state)} if keep_states else {})
     scratch = {
         "state": (plan.blocks, plan.state, plan.lanes),
         "scores": (plan.chunk, plan.chunk),
@@ -88,9 +88,13 @@ def forward(plan: Plan, x, rows, B, C, D, state) -> tuple[jax.Array, jax.Array]:
 def states(plan: Plan, x, rows, B, state) -> jax.Array:
     """The state at the start of each chunk, (b, c, n, G·lanes) in x's dtype, which is what products take."""
     refs = {"x": x, "rows": rows, "B": B, "initial": state}
-    outputs = {"starts": jax.ShapeDtypeStruct((plan.batch, plan.chunks, *state.shape[1:]), x.dtype)}
+    outputs = {"starts": _starts(plan, x, state)}
     scratch = {"state": (plan.blocks, plan.state, plan.lanes)}
     return _call(_states_kernel, plan, refs, outputs, scratch, name="ssd_states")[0]
+
+
+def _starts(plan: Plan, x, state) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((plan.batch, plan.chunks, *state.shape[1:]), x.dtype)
 
 
 def backward(plan: Plan, x, rows, B, C, D, starts, dy, dfinal) -> tuple[jax.Array, ...]:
@@ -172,7 +176,7 @@ def _specs(plan: Plan, reverse: bool) -> dict[str, pl.BlockSpec]:
     }
 
 
-def _forward_kernel(plan, x, rows, B, C, initial, y, final, state, scores, bias, D=None):
+def _forward_kernel(plan, x, rows, B, C, initial, y, final, state, scores, bias, D=None, starts=None):
     chunk, block = pl.program_id(2), pl.program_id(3)
     decays = Decays(plan, rows[...])
 
@@ -190,6 +194,8 @@ def _forward_kernel(plan, x, rows, B, C, initial, y, final, state, scores, bias,
         values = x[:, lanes]
         wide = values.astype(jnp.float32)
         before = state[block, :, lanes]
+        if starts is not None:
+            starts[:, lanes] = before.astype(plan.dtype)
 
         within = []
         for head in heads:
