@@ -155,8 +155,8 @@ class LayerStack:
                 output, left = self._apply_use(remember, block, self.uses[j], hidden, *use)
                 trail.add_use(left)
             of_layer = (past.mamba[index], past.mamba_dropout_keys[index])
-            of_layer = (remember if index < last else _all_kept, layer, hidden, *of_layer)
-            hidden, left = self._apply_layer(*of_layer, output)
+            remember_layer = remember if index < last else _all_kept
+            hidden, left = self._apply_layer(remember_layer, layer, hidden, *of_layer, output)
             trail.add_layer(left)
         return hidden, trail
 
