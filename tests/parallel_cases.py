@@ -350,6 +350,8 @@ class TestLora:
         assert values.shape == (2, 64, 16)
         assert values.sharding.shard_shape(values.shape) == (2, 32, 4)
         assert set(re.findall(r"= (\w+)\[2,32,16\]\S* all-gather", text)) == {"u8"}
+        # Outputs stay split: nowhere is the whole matrix, in whatever shape.
+        assert not re.findall(r"u8\[(?:2,64,16|128,16)\]\S* all-gather", text)
 
     def compare(self, model):
         """Returns the text of the mesh's program, and the model without its LoRAs as the mesh holds it."""

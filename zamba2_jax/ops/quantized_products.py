@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from zamba2_jax.ops._checks import check_choice, check_floating, check_shape
 from zamba2_jax.ops._platform import platform
 from zamba2_jax.ops.quantized import constant, group_size, join_halves, split_halves, widen_int4
-from zamba2_jax.sharding import constrain_gathered
+from zamba2_jax.sharding import automatic_axes, constrain_gathered
 
 Implementation = Literal["fused", "blocked"]
 IMPLEMENTATIONS = ("fused", "blocked")
@@ -55,7 +55,8 @@ def dot_int8(
         more for its gradient; None leaves it to the partitioner.
       implementation: "fused" leaves it to XLA to widen the integers inside the product, as its TPU and GPU compilers
         do; its CPU compiler would make a copy of the matrix. "blocked", for that one, widens some outputs at a time, to
-        float32, and multiplies in float32 too. None chooses by platform.
+        float32, and multiplies in float32 too. None chooses by platform; on a mesh "fused", for the partitioner
+        follows no block of outputs that devices hold in parts.
       block: how many integers "blocked" widens at a time, or a few more.
 
     Returns:
@@ -99,7 +100,8 @@ def dot_int4(
 def _choose(implementation: Implementation | None) -> Implementation:
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation is None:
-        return "blocked" if platform() == "cpu" else "fused"
+        alone = math.prod(automatic_axes().values()) == 1
+        return "blocked" if platform() == "cpu" and alone else "fused"
     return implementation
 
 
@@ -189,10 +191,7 @@ def _dot(x: jax.Array, x_axes: tuple[int, ...], matrix: jax.Array, axes: tuple[i
 def _by_blocks(
     contract: Callable[..., jax.Array], x: jax.Array, values: jax.Array, scale: jax.Array, block: int
 ) -> jax.Array:
-    """`contract` with the widened matrix, some of its outputs at a time.
-
-    Outputs that devices hold in parts are gathered for it, as integers: the partitioner follows no slice of them.
-    """
+    """`contract` with the widened matrix, some of its outputs at a time."""
     out = values.shape[:-1]
     over_inputs = contract is _sum_over_inputs
     count, stored = math.prod(out), values.shape[-1]
