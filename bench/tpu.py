@@ -30,7 +30,7 @@ PROGRAMS = {
     "prefill": "one row of 2048 tokens into a cache, bfloat16",
     "train": "loss and gradient, 4096 tokens per chip, rematerialised, equal layers scanned",
 }
-SLICES = (1, 2, 4, 8, 16)
+SLICES = (1, 2, 4, 8, 16, 32)
 # The chips of a host; fewer are a part of it.
 _SMALLEST_SLICE = 4
 
