@@ -43,16 +43,16 @@ def limit(case: Case, config: Zamba2Config, dtype: str, rates: Mapping[str, floa
     """
     if case.kind == "first-token":
         return None
-    work = work_of(case, config, itemsize(dtype))
+    work = work_of(case, config, dtype)
     if case.kind == "load":
         return _limit(work, {"transfer": work.bytes / rates["host_to_device_bytes_per_second"]})
     memory = work.bytes / rates["copy_bytes_per_second"]
     return _limit(work, {"memory": memory, "arithmetic": work.flops / rates["matmul_flops_per_second"]})
 
 
-def work_of(case: Case, config: Zamba2Config, size: int) -> Work:
-    """What one run of a case must move and compute, with numbers of `size` bytes."""
-    tokens = case.batch * case.length
+def work_of(case: Case, config: Zamba2Config, dtype: str) -> Work:
+    """What one run of a case must move and compute, with numbers of `dtype`."""
+    tokens, size = case.batch * case.length, _ITEMSIZES[dtype]
     match case.kind:
         case "ssd":
             return _ssd(config, tokens, case.batch, size, case.backward)
@@ -61,7 +61,7 @@ def work_of(case: Case, config: Zamba2Config, size: int) -> Work:
             # Forward: in and out. Backward: the input again, the result's gradient, the input's gradient.
             return Work(tokens * channels * size * (5 if case.backward else 2))
         case "decode" | "context":
-            return _step(config, case.batch, case.length, size, case.quantize)
+            return _step(config, case.batch, case.length, dtype, case.quantize)
         case "prefill":
             return _forward(config, case.batch, case.length, size, heads=case.batch)
         case "train":
@@ -70,10 +70,6 @@ def work_of(case: Case, config: Zamba2Config, size: int) -> Work:
         case "load":
             return Work(config.num_parameters() * size)
     raise ValueError(f"no work is known for the kind {case.kind!r}.")
-
-
-def itemsize(dtype: str) -> int:
-    return _ITEMSIZES[dtype]
 
 
 def _limit(work: Work, seconds: dict[str, float]) -> dict[str, Any]:
@@ -95,9 +91,10 @@ def _ssd(config: Zamba2Config, tokens: int, batch: int, size: int, backward: boo
     return forward + Work(3 * wide + 2 * narrow + 2 * steps, 2 * flops)
 
 
-def _step(config: Zamba2Config, batch: int, context: int, size: int, quantize: str | None) -> Work:
+def _step(config: Zamba2Config, batch: int, context: int, dtype: str, quantize: str | None) -> Work:
     """Every weight once per use, the states read and written, the filled slots of keys and values read."""
-    weight_size = size if quantize is None else _quantized_itemsize(config, size, quantize)
+    size = _ITEMSIZES[dtype]
+    weight_size = size if quantize is None else _quantized_itemsize(config, dtype, quantize)
     return Work(
         config.bytes_per_decode_step(batch, context, weight_itemsize=weight_size, cache_itemsize=size),
         config.flops_per_decode_step(batch, context),
@@ -105,9 +102,8 @@ def _step(config: Zamba2Config, batch: int, context: int, size: int, quantize: s
 
 
 @functools.cache
-def _quantized_itemsize(config: Zamba2Config, size: int, quantize: str) -> float:
+def _quantized_itemsize(config: Zamba2Config, dtype: str, quantize: str) -> float:
     """Bytes of a weight on average: integers, their scales, and what is not quantised."""
-    dtype = next(name for name, itemsize in _ITEMSIZES.items() if itemsize == size)
     return weight_itemsize(abstract_model(config, dtype, quantize))
 
 

@@ -110,7 +110,7 @@ def test_policies_keep_less(scan):
     # input and what the loss keeps.
     stream = ids.size * 32 * 4
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(split()[1]))
-    assert layer < (6 + 2 * 4 + 6) * stream + 2 * parameters
+    assert layer < (6 + 2 * 3 + 6) * stream + 2 * parameters
     assert layer - 4 * stream < 0.25 * projections  # those of attention and MLP are there with either
 
 

@@ -36,20 +36,20 @@ def test_the_recurrence_and_the_convolution_alone():
     config = config_of("1.2b")
     tokens = 4 * 4096
     x, narrow, dt, state = tokens * 4096 * 2, tokens * 128 * 2, tokens * 64 * 4, 4 * 64 * 64 * 128 * 4
-    forward = work_of(Case("ssd", "ssd", "1.2b", 4, 4096), config, 2)
+    forward = work_of(Case("ssd", "ssd", "1.2b", 4, 4096), config, "bfloat16")
     assert forward.bytes == 2 * x + 2 * narrow + dt + state
     assert forward.flops == 4 * tokens * 4096 * 128
-    both = work_of(Case("ssd", "ssd", "1.2b", 4, 4096, backward=True), config, 2)
+    both = work_of(Case("ssd", "ssd", "1.2b", 4, 4096, backward=True), config, "bfloat16")
     assert both.bytes == forward.bytes + 3 * x + 4 * narrow + 2 * dt
     assert both.flops == 3 * forward.flops
-    conv = work_of(Case("conv", "conv", "1.2b", 4, 4096, backward=True), config, 2)
+    conv = work_of(Case("conv", "conv", "1.2b", 4, 4096, backward=True), config, "bfloat16")
     assert conv.bytes == 5 * tokens * (4096 + 256) * 2
 
 
 def test_quantised_weights_leave_fewer_bytes():
     config = config_of("1.2b")
     plain, int8, int4 = (
-        work_of(Case("decode", "decode", "1.2b", 1, 128, quantize=name), config, 2).bytes
+        work_of(Case("decode", "decode", "1.2b", 1, 128, quantize=name), config, "bfloat16").bytes
         for name in (None, "int8", "int4")
     )
     applied = config.num_parameters_applied_per_token()
@@ -71,7 +71,7 @@ def test_what_has_another_limit_or_none():
     )
     assert remat == plain
     with pytest.raises(ValueError, match="no work is known for the kind 'dance'"):
-        work_of(Case("decode", "dance", "small", 1, 1), config, 4)
+        work_of(Case("decode", "dance", "small", 1, 1), config, "float32")
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -198,7 +198,7 @@ class SharedTransformerBlock(nnx.Module):
     ) -> tuple[Float[Array, "b l d"], KeyValue | None, Float[Array, "b heads l s"] | None]:
         """The output of this use, after the use's own `linear`; the cache entry; the attention weights if wanted.
 
-        `remember` is applied to attention, MLP and `linear`, each with the norm before it, as functions of what flows
+        `remember` is applied to attention, MLP (each with the norm before it) and `linear`, as functions of what flows
         between them: where rematerialisation cuts.
         """
         if context.is_decoding and decoding.shared_block_obstacle(self, use, hidden.shape[0]) is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,7 +31,7 @@ def _fork_forward(weight: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]
     return (weight, weight), None
 
 
-def _fork_backward(_: None, slopes: tuple[Any, Any]) -> tuple[jax.Array]:
+def _fork_backward(_: None, slopes: tuple[jax.Array, jax.Array]) -> tuple[jax.Array]:
     of_this, of_later = slopes
     return (of_this + of_later,)
 
